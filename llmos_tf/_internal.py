@@ -1,0 +1,127 @@
+"""Every private TensorFlow and Keras name that the project uses, with its reason.
+
+Nothing else in the project imports ``tensorflow.python`` or ``keras.src`` (a test checks it), so an
+upgrade of either library is read off this page. Each name says which public feature it stands in
+for, or why there is none.
+"""
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+# Base classes of the loss, trainer and optimizer that `fit` runs. Keras has no public hook between
+# "local gradients" and "update", nor one for the divisor of a loss, so the step wraps these.
+from keras.src.backend.common.name_scope import current_path
+from keras.src.backend.tensorflow.optimizer import TFOptimizer
+from keras.src.losses import loss as keras_loss
+from keras.src.optimizers.base_optimizer import BaseOptimizer
+from keras.src.optimizers.loss_scale_optimizer import LossScaleOptimizer
+from keras.src.trainers.trainer import Trainer
+
+# The message that describes a process of a cluster; `tf.distribute.Server` starts a server of its
+# own instead of joining the eager runtime to the cluster.
+from tensorflow.core.protobuf.tensorflow_server_pb2 import ServerDef
+
+# `tf.distribute` has no public base for a strategy that creates its own kind of variable or runs a
+# program its own way: MirroredExtended is what MirroredStrategy keeps behind `.extended`.
+from tensorflow.python.distribute import (
+    distribute_lib,
+    distribute_utils,
+)
+from tensorflow.python.distribute.mirrored_strategy import MirroredExtended
+from tensorflow.python.distribute.values import (
+    MirroredVariable,
+    SyncOnReadVariable,
+)
+
+# `tf.config` can list and split devices, but only the context can join a cluster of processes for
+# collectives (MultiWorkerMirroredStrategy does the same) or canonicalize a device's name.
+from tensorflow.python.eager import context as eager_context
+
+# `tf.GradientTape.stop_recording` needs the tape at hand; creating a variable inside a user's tape
+# must not be recorded by it.
+from tensorflow.python.eager.record import stop_recording
+
+# `tf.type_spec_from_value` is public; the base class of a user-defined CompositeTensor is not.
+from tensorflow.python.framework.composite_tensor import CompositeTensor
+from tensorflow.python.types.distribute import (
+    DistributedDatasetInterface,
+    DistributedIteratorInterface,
+)
+
+__all__ = [
+    "BaseOptimizer",
+    "CompositeTensor",
+    "DistributedDatasetInterface",
+    "DistributedIteratorInterface",
+    "LossScaleOptimizer",
+    "MirroredExtended",
+    "MirroredVariable",
+    "ReplicaContext",
+    "ServerDef",
+    "SyncOnReadVariable",
+    "TFOptimizer",
+    "Trainer",
+    "call_with_captures",
+    "captured_container",
+    "current_path",
+    "eager_context",
+    "keras_loss",
+    "patched",
+    "regroup",
+    "reserve_collective_keys",
+    "select_replica",
+    "stop_recording",
+    "synced_reads",
+]
+
+ReplicaContext = distribute_lib.ReplicaContext
+regroup = distribute_utils.regroup
+select_replica = distribute_utils.select_replica
+
+# Reads of metric variables in a replica are summed over replicas while this is entered.
+synced_reads = distribute_lib.variable_sync_on_read_context
+
+# TensorFlow identifies a group of collective ops by an integer that is global to the process, and
+# a cluster needs the same integers in the same order everywhere. Every strategy takes a block of
+# its own, so that two strategies of one process never meet (DESIGN: fact 9).
+_COLLECTIVE_KEY_BLOCKS = itertools.count(1 << 18, 1 << 18)
+
+
+def reserve_collective_keys() -> int:
+    """Returns the first of 2**18 collective group keys that no other strategy uses."""
+    return next(_COLLECTIVE_KEY_BLOCKS)
+
+
+def captured_container(tensor: Any) -> Any:
+    """Returns the distributed variable whose component's handle `tensor` is, or None."""
+    reference = getattr(tensor, "_distributed_container", None)
+    return None if reference is None else reference()
+
+
+def call_with_captures(concrete: Any, inputs: list[Any], captures: list[Any]) -> Any:
+    """Calls a concrete function with other captured inputs than those it was traced with.
+
+    ``ConcreteFunction.__call__`` always passes the tensors that were captured while tracing; one
+    program for many devices needs each device's own variable handles in their place.
+    """
+    return concrete._call_flat(inputs, captured_inputs=captures)
+
+
+@contextlib.contextmanager
+def patched(replacements: dict[tuple[Any, str], Callable]) -> Iterator[None]:
+    """Replaces attributes for the time of the context.
+
+    Args:
+        replacements: maps (object, attribute name) to a function of the original attribute that
+            returns its replacement.
+    """
+    originals = {key: getattr(*key) for key in replacements}
+    try:
+        for (target, name), make in replacements.items():
+            setattr(target, name, make(originals[target, name]))
+        yield
+    finally:
+        for (target, name), original in originals.items():
+            setattr(target, name, original)

@@ -1,0 +1,430 @@
+"""Communication along named mesh axes, each function with its gradient.
+
+Called in a replica's program (inside ``strategy.run`` of a mesh strategy). `x` may have another
+value on every rank; `axes` is an axis name or several, and the group of a rank are the ranks that
+differ from it only on those axes. Along an axis of size 1 nothing is sent.
+
+Gradients are adjoints: for the loss Σ_ranks ℓ_r, the gradient of a rank's input is what all ranks'
+losses owe it. The functions named ``*_axis`` are the other half of the trade: Megatron's conjugate
+pairs (arXiv 1909.08053), for activations that are *replicated* along the axis, where the same loss
+is computed on every rank and counted once.
+
+Each rank orders its own collectives by passing its own resource as an ordering token, without which
+TensorFlow chains the ops of different devices of one process and they wait for each other forever.
+"""
+
+from collections.abc import Iterable
+
+import tensorflow as tf
+
+from llmos_tf.program import ReplicaProgram, require_program
+
+Axes = str | Iterable[str]
+
+_MERGE_OPS = {"sum": "Add", "max": "Max", "min": "Min"}
+
+
+def axis_size(axes: Axes) -> int:
+    """Returns the number of ranks in a group along `axes`.
+
+    Args:
+        axes: axis name or names.
+
+    Returns:
+        The product of the axis sizes.
+    """
+    return require_program("collectives.axis_size").mesh.axis_size(axes)
+
+
+def axis_index(axes: Axes) -> tf.Tensor:
+    """Returns this rank's position in its group along `axes`.
+
+    Args:
+        axes: axis name or names; the first in mesh order varies slowest.
+
+    Returns:
+        int32 scalar.
+    """
+    return require_program("collectives.axis_index").axis_index(axes)
+
+
+def all_reduce(x: tf.Tensor, axes: Axes, op: str = "sum") -> tf.Tensor:
+    """Reduces `x` over the group and gives every rank the result: y = Σ_j x_j.
+
+    Args:
+        x: same shape and dtype on every rank of the group.
+        axes: axis name or names.
+        op: "sum", "max" or "min". Only the sum has a gradient: all_reduce of the cotangents.
+
+    Returns:
+        Tensor like `x`.
+
+    Raises:
+        ValueError: an unknown `op`.
+
+    Example:
+        >>> strategy.run(lambda: collectives.all_reduce(tf.constant(1.0), "data"))
+    """
+    if op not in _MERGE_OPS:
+        raise ValueError(f"all_reduce knows {', '.join(_MERGE_OPS)}. Received: op={op!r}.")
+    group = _Group(axes, "all_reduce")
+    if group.size == 1:
+        return tf.identity(x)
+    if op != "sum":
+        return group.reduce(tf.stop_gradient(x), _MERGE_OPS[op])
+
+    @tf.custom_gradient
+    def summed(x):
+        return group.reduce(x), lambda dy: all_reduce(dy, axes)
+
+    return summed(x)
+
+
+def all_gather(x: tf.Tensor, axes: Axes, dim: int = 0) -> tf.Tensor:
+    """Concatenates the ranks' `x` along `dim`, in group order, on every rank.
+
+    The gradient is `reduce_scatter`: every rank used every part.
+
+    Args:
+        x: same shape and dtype on every rank.
+        axes: axis name or names.
+        dim: tensor dimension along which to concatenate.
+
+    Returns:
+        Tensor whose `dim` is group size times as long.
+    """
+    group = _Group(axes, "all_gather")
+    if group.size == 1:
+        return tf.identity(x)
+
+    @tf.custom_gradient
+    def gathered(x):
+        return group.gather(x, dim), lambda dy: reduce_scatter(dy, axes, dim)
+
+    return gathered(x)
+
+
+def reduce_scatter(x: tf.Tensor, axes: Axes, dim: int = 0) -> tf.Tensor:
+    """Sums `x` over the group and gives each rank its part of the sum along `dim`.
+
+    The gradient is `all_gather`.
+
+    Args:
+        x: same shape and dtype on every rank; `dim` divisible by the group size.
+        axes: axis name or names.
+        dim: tensor dimension along which to split.
+
+    Returns:
+        Tensor whose `dim` is group size times shorter.
+
+    Raises:
+        ValueError: the group size does not divide `dim`.
+    """
+    group = _Group(axes, "reduce_scatter")
+    if group.size == 1:
+        return tf.identity(x)
+    group.check_divides(x, dim)
+
+    @tf.custom_gradient
+    def scattered(x):
+        return group.reduce_scatter(x, dim), lambda dy: all_gather(dy, axes, dim)
+
+    return scattered(x)
+
+
+def all_to_all(x: tf.Tensor, axes: Axes, split_dim: int = 0, concat_dim: int = 0) -> tf.Tensor:
+    """Splits `x` along `split_dim`, sends part j to rank j, concatenates what came.
+
+    The gradient is the all_to_all the other way.
+
+    Args:
+        x: same shape and dtype on every rank; `split_dim` divisible by the group size.
+        axes: axis name or names.
+        split_dim: tensor dimension that is split, part j for rank j.
+        concat_dim: tensor dimension along which the received parts are laid, in group order.
+
+    Returns:
+        Tensor with `split_dim` shorter and `concat_dim` longer by the group size.
+
+    Raises:
+        ValueError: the group size does not divide `split_dim`.
+    """
+    group = _Group(axes, "all_to_all")
+    if group.size == 1:
+        return tf.identity(x)
+    group.check_divides(x, split_dim)
+
+    @tf.custom_gradient
+    def exchanged(x):
+        return (
+            group.exchange(x, split_dim, concat_dim),
+            lambda dy: all_to_all(dy, axes, concat_dim, split_dim),
+        )
+
+    return exchanged(x)
+
+
+def broadcast(x: tf.Tensor, axes: Axes, root: int = 0) -> tf.Tensor:
+    """Gives every rank the `x` of the group's rank `root`.
+
+    The gradient is the sum of the cotangents, at the root; zero elsewhere.
+
+    Args:
+        x: same shape and dtype on every rank.
+        axes: axis name or names.
+        root: position in the group.
+
+    Returns:
+        Tensor like `x`.
+
+    Raises:
+        ValueError: `root` is not a position in the group.
+    """
+    group = _Group(axes, "broadcast")
+    if not 0 <= root < group.size:
+        raise ValueError(
+            f"broadcast along {axes!r} has roots 0 to {group.size - 1}. Received: root={root}."
+        )
+    if group.size == 1:
+        return tf.identity(x)
+    at_root = tf.equal(group.index, root)
+
+    # A sum in which all but the root give zero: the op of TensorFlow that broadcasts needs another
+    # program on the root than elsewhere, and there is one program. `where`, not a product, so that
+    # a NaN elsewhere stays out.
+    @tf.custom_gradient
+    def spread(x):
+        def gradient(dy):
+            total = group.reduce(dy)
+            return tf.where(at_root, total, tf.zeros_like(total))
+
+        return group.reduce(tf.where(at_root, x, tf.zeros_like(x))), gradient
+
+    return spread(x)
+
+
+def permute(x: tf.Tensor, axes: Axes, shift: int = 1) -> tf.Tensor:
+    """Sends `x` to the rank `shift` places further around the group's ring.
+
+    The gradient travels the other way round.
+
+    Args:
+        x: same shape and dtype on every rank.
+        axes: axis name or names.
+        shift: places; rank i receives the x of rank i - shift (modulo the group size).
+
+    Returns:
+        Tensor like `x`.
+    """
+    group = _Group(axes, "permute")
+    if shift % group.size == 0:
+        return tf.identity(x)
+
+    @tf.custom_gradient
+    def shifted(x):
+        return group.permute(x, shift), lambda dy: permute(dy, axes, -shift)
+
+    return shifted(x)
+
+
+def copy_to_axis(x: tf.Tensor, axes: Axes) -> tf.Tensor:
+    """Megatron's f: x as it is; the cotangents are summed over the group.
+
+    For a replicated activation that enters a region where each rank computes a part.
+
+    Args:
+        x: the same value on every rank of the group.
+        axes: axis name or names.
+
+    Returns:
+        `x`.
+    """
+    if _Group(axes, "copy_to_axis").size == 1:
+        return x
+
+    @tf.custom_gradient
+    def copied(x):
+        return tf.identity(x), lambda dy: all_reduce(dy, axes)
+
+    return copied(x)
+
+
+def reduce_from_axis(x: tf.Tensor, axes: Axes) -> tf.Tensor:
+    """Megatron's g: the sum over the group; the cotangent passes as it is.
+
+    For partial sums that leave such a region as a replicated activation.
+
+    Args:
+        x: a part of the sum on every rank.
+        axes: axis name or names.
+
+    Returns:
+        The sum, on every rank.
+    """
+    group = _Group(axes, "reduce_from_axis")
+    if group.size == 1:
+        return x
+
+    @tf.custom_gradient
+    def reduced(x):
+        return group.reduce(x), lambda dy: dy
+
+    return reduced(x)
+
+
+def gather_from_axis(x: tf.Tensor, axes: Axes, dim: int = -1) -> tf.Tensor:
+    """Concatenates the parts along `dim`; of the cotangent each rank keeps its part.
+
+    Args:
+        x: this rank's part.
+        axes: axis name or names.
+        dim: tensor dimension along which the parts lie.
+
+    Returns:
+        The whole, replicated over the group.
+    """
+    group = _Group(axes, "gather_from_axis")
+    if group.size == 1:
+        return x
+
+    @tf.custom_gradient
+    def gathered(x):
+        return group.gather(x, dim), lambda dy: group.part(dy, dim)
+
+    return gathered(x)
+
+
+def split_to_axis(x: tf.Tensor, axes: Axes, dim: int = -1) -> tf.Tensor:
+    """Keeps this rank's part of a replicated `x`; the parts' cotangents are gathered.
+
+    Args:
+        x: the same value on every rank of the group; `dim` divisible by the group size.
+        axes: axis name or names.
+        dim: tensor dimension along which to split.
+
+    Returns:
+        This rank's part.
+
+    Raises:
+        ValueError: the group size does not divide `dim`.
+    """
+    group = _Group(axes, "split_to_axis")
+    if group.size == 1:
+        return x
+    group.check_divides(x, dim)
+
+    @tf.custom_gradient
+    def split(x):
+        return group.part(x, dim), lambda dy: group.gather(dy, dim)
+
+    return split(x)
+
+
+class _Group:
+    """This rank's group along some axes, and the raw TensorFlow ops in it."""
+
+    def __init__(self, axes: Axes, what: str):
+        self._program: ReplicaProgram = require_program(f"collectives.{what}")
+        self._what = what
+        self.axes = self._program.mesh.canonical_axes(axes)
+        self.size = self._program.mesh.axis_size(self.axes)
+
+    @property
+    def index(self) -> tf.Tensor:
+        return self._program.axis_index(self.axes)
+
+    def check_divides(self, x: tf.Tensor, dim: int) -> None:
+        length = x.shape[dim]
+        if length is not None and length % self.size:
+            raise ValueError(
+                f"{self._what} along {', '.join(self.axes)} splits dimension {dim} into "
+                f"{self.size} equal parts. Received: a tensor of shape {tuple(x.shape)}, whose "
+                f"{length} is not divisible by {self.size}."
+            )
+
+    def reduce(self, x: tf.Tensor, merge_op: str = "Add") -> tf.Tensor:
+        if x.dtype == tf.bool:
+            raise ValueError(f"{self._what} needs numbers. Received: a boolean tensor.")
+        y = tf.raw_ops.CollectiveReduceV2(
+            input=x, merge_op=merge_op, final_op="Id", **self._arguments()
+        )
+        return _with_shape(y, x.shape)
+
+    def gather(self, x: tf.Tensor, dim: int) -> tf.Tensor:
+        # The op concatenates along dimension 0 and needs one.
+        front = _move_dim(x, dim, 0)
+        y = tf.raw_ops.CollectiveGatherV2(input=front, **self._arguments())
+        y = _with_shape(y, _scaled(front.shape, 0, self.size))
+        return _move_dim(y, 0, dim)
+
+    def exchange(self, x: tf.Tensor, split_dim: int, concat_dim: int) -> tf.Tensor:
+        parts = self.swap(self.stack_parts(x, split_dim))
+        return tf.concat(tf.unstack(parts, self.size), concat_dim)
+
+    def swap(self, parts: tf.Tensor) -> tf.Tensor:
+        """[group, ...] to [group, ...]: part j goes to rank j."""
+        y = tf.raw_ops.CollectiveAllToAllV2(input=parts, **self._arguments())
+        return _with_shape(y, parts.shape)
+
+    def stack_parts(self, x: tf.Tensor, dim: int) -> tf.Tensor:
+        return tf.stack(tf.split(x, self.size, dim))
+
+    def reduce_scatter(self, x: tf.Tensor, dim: int) -> tf.Tensor:
+        if self._program.communication == "nccl":
+            front = _move_dim(x, dim, 0)
+            y = tf.raw_ops.CollectiveReduceScatterV2(
+                input=front, merge_op="Add", final_op="Id", **self._arguments()
+            )
+            y = _with_shape(y, _scaled(front.shape, 0, 1 / self.size))
+            return _move_dim(y, 0, dim)
+        # The op has no CPU kernel; an exchange and a local sum move the same bytes.
+        return tf.reduce_sum(self.swap(self.stack_parts(x, dim)), axis=0)
+
+    def permute(self, x: tf.Tensor, shift: int) -> tf.Tensor:
+        # One program for sender and receiver, so an exchange in which all parts but one are zero.
+        to = (self.index + shift) % self.size
+        parts = tf.one_hot(to, self.size, dtype=x.dtype)
+        parts = tf.reshape(parts, [self.size] + [1] * x.shape.rank)
+        sent = tf.where(parts != 0, x[tf.newaxis], tf.zeros((), x.dtype))
+        received = self.swap(sent)[(self.index - shift) % self.size]
+        return _with_shape(received, x.shape)
+
+    def part(self, x: tf.Tensor, dim: int) -> tf.Tensor:
+        """This rank's equal part of `x` along `dim`."""
+        dim %= x.shape.rank
+        length = (x.shape[dim] if x.shape[dim] is not None else tf.shape(x)[dim]) // self.size
+        begin = [0] * x.shape.rank
+        begin[dim] = self.index * length
+        size = [-1] * x.shape.rank
+        size[dim] = length
+        y = tf.slice(x, tf.stack(begin), tf.stack(size))
+        return _with_shape(y, _scaled(x.shape, dim, 1 / self.size))
+
+    def _arguments(self) -> dict:
+        return {
+            "group_size": self.size,
+            "group_key": self._program.group_key(self.axes),
+            "instance_key": self._program.keys.next_instance(),
+            "ordering_token": [self._program.token],
+            "communication_hint": self._program.communication,
+        }
+
+
+def _move_dim(x: tf.Tensor, source: int, target: int) -> tf.Tensor:
+    source, target = source % x.shape.rank, target % x.shape.rank
+    if source == target:
+        return x
+    order = [dim for dim in range(x.shape.rank) if dim != source]
+    order.insert(target, source)
+    return tf.transpose(x, order)
+
+
+def _scaled(shape: tf.TensorShape, dim: int, factor: float) -> list[int | None]:
+    lengths = shape.as_list()
+    lengths[dim] = None if lengths[dim] is None else round(lengths[dim] * factor)
+    return lengths
+
+
+def _with_shape(x: tf.Tensor, shape) -> tf.Tensor:
+    x.set_shape(shape)
+    return x

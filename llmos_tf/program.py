@@ -1,0 +1,199 @@
+"""The program of a device: what code in a replica knows about the rank it runs on.
+
+The engine traces a replica function once and calls it on every device (docs/adr/0001). While it
+traces, a `ReplicaProgram` is the replica context: it tells a rank's coordinate as a tensor, gives
+collectives their group keys, and remembers the decisions that hold for this one trace.
+"""
+
+import itertools
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import tensorflow as tf
+
+from llmos_tf import _internal
+from llmos_tf.mesh import AXES, Mesh
+
+
+class CollectiveKeys:
+    """Integers that tell TensorFlow which collective ops belong together.
+
+    A group key names a set of ranks, an instance key one op of the program. Both are the same in
+    every process of a cluster, because every process makes its strategies, and traces its
+    programs, in the same order.
+
+    Args:
+        mesh: the mesh whose groups are named.
+    """
+
+    def __init__(self, mesh: Mesh):
+        self._mesh = mesh
+        self._base = _internal.reserve_collective_keys()
+        self._subsets: dict[tuple[str, ...], int] = {}
+        self._instances = itertools.count(1)
+        split = [axis for axis in AXES if mesh.axis_size(axis) > 1]
+        for length in range(len(split) + 1):
+            for axes in itertools.combinations(split, length):
+                self._subsets[axes] = self._base + len(self._subsets) * mesh.size
+
+    def next_instance(self) -> int:
+        """Returns a key for one more collective op."""
+        return next(self._instances)
+
+    def group_strides(self, axes: tuple[str, ...]) -> tuple[int, list[int]]:
+        """Returns (base, strides): a rank's key along `axes` is base + coordinate · strides.
+
+        Args:
+            axes: the axes along which the group extends, canonical.
+
+        Returns:
+            The key of the group at coordinate 0, and one stride for each mesh axis (0 on `axes`).
+        """
+        split = tuple(axis for axis in axes if self._mesh.axis_size(axis) > 1)
+        strides, stride = [0] * len(AXES), 1
+        for position in reversed(range(len(AXES))):
+            if AXES[position] not in split:
+                strides[position] = stride
+                stride *= self._mesh.axis_size(AXES[position])
+        return self._subsets[split], strides
+
+
+class ReplicaProgram(_internal.ReplicaContext):
+    """The replica context of the traced program; `current_program()` finds it.
+
+    Args:
+        strategy: the mesh strategy that traces.
+        mesh: its mesh.
+        coordinate: int32 ``[axes]``, the calling rank's coordinate, an input of the program.
+        token: resource handle that orders this rank's collectives.
+        keys: collective keys of the strategy.
+        communication: "ring", "nccl" or "auto".
+        sequence_parallel: whether activations between blocks are split along positions over the
+            `tensor` axis.
+    """
+
+    def __init__(
+        self,
+        strategy: Any,
+        mesh: Mesh,
+        coordinate: tf.Tensor,
+        token: tf.Tensor,
+        keys: CollectiveKeys,
+        communication: str,
+        sequence_parallel: bool = False,
+    ):
+        super().__init__(strategy, replica_id_in_sync_group=0)
+        self.mesh = mesh
+        self.token = token
+        self.keys = keys
+        self.communication = communication
+        self.sequence_parallel = sequence_parallel and mesh.axis_size("tensor") > 1
+        # Set while an optimizer runs: what it assigns is the same on every rank already, and with
+        # `update_parts` it reads and writes each rank's own part of a variable only.
+        self.in_update = False
+        self.update_parts = False
+        self.gradients_synced = False
+        self.sharded_logits = False
+        # New values of parts whose variables are stored whole, until they are gathered, by `id`.
+        self.pending_parts: dict[int, tuple[Any, tf.Tensor]] = {}
+        # Variables whose gradient each rank of these axes holds only a part of, by `id`.
+        self.partial_gradients: dict[int, tuple[str, ...]] = {}
+        self._coordinate = coordinate
+        self._graph = tf.compat.v1.get_default_graph()
+        self._cache: dict[tuple, tf.Tensor] = {}
+
+    @property
+    def replica_id_in_sync_group(self) -> tf.Tensor:
+        """Index of this rank's rows of the batch, int32 scalar, as `tf.distribute` counts."""
+        return self.axis_index(("data", "fsdp"))
+
+    def axis_index(self, axes: str | Iterable[str]) -> tf.Tensor:
+        """Returns the position of this rank in its group along `axes`.
+
+        Args:
+            axes: an axis name or several; the first in mesh order varies slowest.
+
+        Returns:
+            int32 scalar, a tensor of the program.
+        """
+        names = self.mesh.canonical_axes(axes)
+        strides, stride = [0] * len(AXES), 1
+        for axis in reversed(names):
+            strides[AXES.index(axis)] = stride
+            stride *= self.mesh.axis_size(axis)
+        return self._dot(0, strides)
+
+    def group_key(self, axes: tuple[str, ...]) -> tf.Tensor:
+        """Returns the collective key of this rank's group along `axes`, int32 scalar.
+
+        Args:
+            axes: canonical axis names.
+
+        Returns:
+            The key as a tensor of the program.
+        """
+        return self._dot(*self.keys.group_strides(axes))
+
+    def _dot(self, base: int, strides: list[int]) -> tf.Tensor:
+        """base + coordinate · strides, once per program, in its outermost graph."""
+        key = (base, *strides)
+        if key not in self._cache:
+            # The outermost graph, because the bodies of loops and conditions may capture from it
+            # but not from each other.
+            with self._graph.as_default(), tf.control_dependencies(None):
+                value = tf.constant(base, tf.int32)
+                for position, stride in enumerate(strides):
+                    if stride and self.mesh.axis_size(AXES[position]) > 1:
+                        value += self._coordinate[position] * stride
+                self._cache[key] = value
+        return self._cache[key]
+
+    @contextmanager
+    def having(self, **state: Any) -> Iterator[None]:
+        """Sets attributes of the program while the context is entered.
+
+        Args:
+            **state: attribute names and values, such as ``sequence_parallel=False`` for decoding.
+        """
+        before = {name: getattr(self, name) for name in state}
+        try:
+            self.__dict__.update(state)
+            yield
+        finally:
+            self.__dict__.update(before)
+
+    def _merge_call(self, merge_fn: Any, args: Any, kwargs: Any) -> Any:
+        name = getattr(merge_fn, "__name__", repr(merge_fn))
+        raise RuntimeError(
+            f"merge_call({name}) was called in a replica. A mesh strategy traces one program for "
+            "all devices, so there is no cross-replica code inside it; use "
+            "tf.distribute.get_replica_context().all_reduce or llmos_tf.collectives instead."
+        )
+
+
+def current_program() -> ReplicaProgram | None:
+    """Returns the program that is being traced, or None outside `strategy.run` of a mesh."""
+    context = tf.distribute.get_replica_context()
+    return context if isinstance(context, ReplicaProgram) else None
+
+
+def require_program(what: str) -> ReplicaProgram:
+    """Returns the program that is being traced.
+
+    Args:
+        what: what the caller was about to do, for the error.
+
+    Returns:
+        The program.
+
+    Raises:
+        RuntimeError: nothing is being traced.
+    """
+    program = current_program()
+    if program is None:
+        raise RuntimeError(
+            f"{what} works inside the program of a device only: call it in a function that "
+            "MeshStrategy(...).run(fn) or model.fit under the strategy's scope runs."
+        )
+    return program

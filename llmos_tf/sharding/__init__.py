@@ -1,0 +1,18 @@
+"""Layouts of variables on a mesh: how they are cut, found by path, read and written."""
+
+from llmos_tf.sharding.layout import Layout
+from llmos_tf.sharding.reading import layout_of, local_slice, mark_partial_gradient
+from llmos_tf.sharding.rules import LayoutRules, announce_layouts
+from llmos_tf.sharding.variables import MetricVariable, SeedVariable, ShardedVariable
+
+__all__ = [
+    "Layout",
+    "LayoutRules",
+    "MetricVariable",
+    "SeedVariable",
+    "ShardedVariable",
+    "announce_layouts",
+    "layout_of",
+    "local_slice",
+    "mark_partial_gradient",
+]

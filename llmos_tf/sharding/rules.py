@@ -1,0 +1,130 @@
+"""From a variable's path to its layout."""
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+
+import tensorflow as tf
+
+from llmos_tf.mesh import AXES, Mesh
+from llmos_tf.sharding.layout import Layout
+
+
+class LayoutRules:
+    """Layout rules of a strategy, and what they matched.
+
+    Rules are a `keras.distribution.LayoutMap` or a plain mapping: path pattern (matched whole, as
+    Keras does) to a tuple of an axis name or None per dimension. Strict: a rule that matches no
+    variable is an error once a program is traced, and so is a `tensor` axis that nothing uses.
+
+    Args:
+        mesh: the mesh.
+        user_rules: the strategy's `layout_map`; with it, models' own tables are not used.
+    """
+
+    def __init__(self, mesh: Mesh, user_rules: Mapping | None = None):
+        self._mesh = mesh
+        self._from_user = user_rules is not None
+        self._rules = {
+            pattern: _checked_axes(user_rules[pattern], pattern) for pattern in user_rules or ()
+        }
+        self._matched: set[str] = set()
+        self._paths: list[str] = []
+
+    def add_model_table(self, table: Mapping[str, Iterable[str | None]]) -> None:
+        """Adds a model's own table, unless the user gave rules.
+
+        Args:
+            table: path pattern to axes.
+        """
+        if self._from_user:
+            return
+        for pattern, axes in table.items():
+            self._rules.setdefault(pattern, _checked_axes(axes, pattern))
+
+    def find(self, path: str, shape: tuple[int, ...], trainable: bool) -> Layout:
+        """Returns the layout of dimensions for a new variable.
+
+        Args:
+            path: its Keras path.
+            shape: its full shape.
+            trainable: whether an optimizer will update it.
+
+        Returns:
+            The layout, without flat cuts; replicated where no rule matches.
+
+        Raises:
+            ValueError: the matching rule does not fit the variable.
+        """
+        if trainable:
+            self._paths.append(path)
+        pattern = self._pattern_for(path)
+        if pattern is None:
+            return Layout((None,) * len(shape))
+        self._matched.add(pattern)
+        layout = Layout(self._rules[pattern])
+        layout.check(path, shape, self._mesh)
+        return layout.effective(self._mesh)
+
+    def check_all_used(self) -> None:
+        """Checks, when variables exist, that no rule and no tensor axis is idle.
+
+        Raises:
+            ValueError: a rule that matched nothing, or a tensor axis without any layout.
+        """
+        if not self._paths:
+            return
+        if self._mesh.axis_size("tensor") > 1 and not self._rules:
+            raise ValueError(
+                f"The mesh {self._mesh} has a tensor axis, but no layout says which variables lie "
+                "along it. Give MeshStrategy or TensorParallelStrategy a "
+                "layout_map={'path/pattern': (None, 'tensor')} (or keras.distribution.LayoutMap), "
+                "or use a model of llmos_tf.models, which has its own table. The model's paths "
+                f"begin with: {', '.join(self._paths[:4])}."
+            )
+        for pattern in self._rules:
+            if pattern not in self._matched:
+                near = difflib.get_close_matches(pattern, self._paths, n=3, cutoff=0.3)
+                raise ValueError(
+                    f"The layout rule {pattern!r} matches no variable. A rule must match a whole "
+                    "path (re.fullmatch); the nearest paths are "
+                    f"{', '.join(near or self._paths[:3])}. Correct or remove the rule."
+                )
+
+    def _pattern_for(self, path: str) -> str | None:
+        """The rule for a path: the path itself, else the one pattern that matches all of it."""
+        if path in self._rules:
+            return path
+        hits = [pattern for pattern in self._rules if re.fullmatch(pattern, path)]
+        if len(hits) > 1:
+            raise ValueError(
+                f"The variable {path} is matched by {len(hits)} layout rules: {', '.join(hits)}. "
+                "Write them so that each variable is matched by one at most."
+            )
+        return hits[0] if hits else None
+
+
+def announce_layouts(table: Mapping[str, Iterable[str | None]]) -> None:
+    """Offers a model's table to the strategy in whose scope the model is made.
+
+    Without a mesh strategy nothing happens, so a model may always call it.
+
+    Args:
+        table: path pattern to an axis name or None per dimension.
+    """
+    extended = tf.distribute.get_strategy().extended
+    rules = getattr(extended, "layout_rules", None)
+    if isinstance(rules, LayoutRules):
+        rules.add_model_table(table)
+
+
+def _checked_axes(axes: Iterable[str | None], pattern: str) -> tuple[str | None, ...]:
+    """The axes of a rule; takes a `keras.distribution.TensorLayout` or the names themselves."""
+    names = tuple(getattr(axes, "axes", axes))
+    unknown = [axis for axis in names if axis is not None and axis not in AXES]
+    if unknown:
+        raise ValueError(
+            f"The layout rule {pattern!r} names the axis {unknown[0]!r}. "
+            f"The mesh axes are {', '.join(AXES)}; received: {names}."
+        )
+    return names

@@ -1,0 +1,301 @@
+"""Variables of a mesh: one component per rank, one value for everybody who reads them."""
+
+from typing import Any
+
+import tensorflow as tf
+
+from llmos_tf import _internal, collectives
+from llmos_tf.mesh import BATCH_AXES
+from llmos_tf.program import current_program
+from llmos_tf.sharding.layout import Layout
+
+
+class ShardedVariable(_internal.MirroredVariable):
+    """A variable whose components, one on each device, are parts of one value.
+
+    Whoever reads it sees the full tensor: outside a program it is put together from the parts,
+    inside one it is gathered by collectives whose gradient goes back to the parts. So a layer that
+    knows nothing of layouts is right as it is; a parallel layer reads `sharding.local_slice`.
+    Assigning a full tensor stores each rank's part. Elementwise optimizers see the rank's own part
+    (`program.update_parts`).
+
+    Args:
+        strategy: the mesh strategy.
+        components: one `tf.Variable` for each local rank.
+        aggregation: `tf.VariableAggregation` of values assigned in replicas.
+        layout: how the value is cut for storage.
+        update_layout: how it is cut for the optimizer, whose state is stored so (ZeRO stages 1
+            and 2 cut it further than the value itself).
+        full_shape: shape of the whole value.
+        path: the Keras path, for messages.
+    """
+
+    def __init__(
+        self,
+        strategy: tf.distribute.Strategy,
+        components: list[tf.Variable],
+        aggregation: tf.VariableAggregation,
+        layout: Layout,
+        update_layout: Layout,
+        full_shape: tuple[int, ...],
+        path: str,
+    ):
+        super().__init__(strategy, components, aggregation)
+        self.layout = layout
+        self.update_layout = update_layout
+        self.path = path
+        self._full_shape = full_shape
+
+    @property
+    def shape(self) -> tf.TensorShape:
+        """Shape of the whole value."""
+        return tf.TensorShape(self._full_shape)
+
+    def get_shape(self) -> tf.TensorShape:
+        """Returns the shape of the whole value."""
+        return self.shape
+
+    @property
+    def mesh(self):
+        """The mesh over which it lies."""
+        return self._distribute_strategy.extended.mesh
+
+    # --- reading ---------------------------------------------------------------------------------
+
+    def part(self) -> tf.Tensor:
+        """Returns what the calling rank stores, inside a program."""
+        return self._values[0].value()
+
+    def update_part(self) -> tf.Tensor:
+        """Returns what the calling rank's optimizer updates, inside a program."""
+        extra = self.update_layout.flat[len(self.layout.flat) :]
+        if not extra:
+            return self.part()
+        return Layout.cut_flat(tf.reshape(self.part(), [-1]), extra, self.mesh)
+
+    def read(self) -> tf.Tensor:
+        """Returns the value as the context sees it."""
+        program = current_program()
+        if program is None:
+            return self._joined()
+        if program.update_parts:
+            pending = program.pending_parts.get(id(self))
+            return self.update_part() if pending is None else pending[1]
+        return self._gathered()
+
+    def _joined(self) -> tf.Tensor:
+        if self.layout.is_replicated:
+            return self._values[0].value()
+        ranks = self._distribute_strategy.extended.local_ranks
+        parts = {rank: part.value() for rank, part in zip(ranks, self._values, strict=True)}
+        # On the host: nothing that has a full copy may sit on an accelerator.
+        with tf.device("CPU:0"):
+            return self.layout.join(parts, self._full_shape, self.mesh)
+
+    def _gathered(self) -> tf.Tensor:
+        return self.layout.full_from_part(self.part(), self._full_shape, self.mesh)
+
+    def _get(self):
+        # What the base class converts, compares and computes with. A replicated variable stays a
+        # resource, so that `tf.gather` on it has a sparse gradient.
+        if self.layout.is_replicated and not self.update_layout.flat:
+            return super()._get()
+        return self.read()
+
+    def _get_cross_replica(self):
+        return tf.identity(self._joined())
+
+    def value(self) -> tf.Tensor:
+        """Returns the value as the context sees it."""
+        return self.read()
+
+    def read_value(self) -> tf.Tensor:
+        """Returns a copy of the value as the context sees it."""
+        return tf.identity(self.read())
+
+    def _dense_var_to_tensor(self, dtype=None, name=None, as_ref=False):
+        del as_ref
+        return tf.convert_to_tensor(self.read(), dtype=dtype, name=name)
+
+    def sparse_read(self, indices: tf.Tensor, name: str | None = None) -> tf.Tensor:
+        """Gathers rows; `tf.gather` calls it.
+
+        Args:
+            indices: row numbers.
+            name: name of the op.
+
+        Returns:
+            The rows.
+        """
+        if self.layout.is_replicated and current_program() is not None:
+            return self._values[0].sparse_read(indices, name=name)
+        return tf.gather(self.read(), indices, name=name)
+
+    # --- writing ---------------------------------------------------------------------------------
+
+    def assign(self, value, use_locking=False, name=None, read_value=True):
+        """Stores a full tensor, or in a program also a rank's own part.
+
+        Args:
+            value: the full value; in an elementwise update, a part.
+            use_locking: passed on.
+            name: passed on.
+            read_value: passed on.
+
+        Returns:
+            This variable.
+        """
+        return self._write("assign", value)
+
+    def assign_add(self, value, use_locking=False, name=None, read_value=True):
+        """Adds; arguments as in `assign`.
+
+        Args:
+            value: what to add.
+            use_locking: passed on.
+            name: passed on.
+            read_value: passed on.
+
+        Returns:
+            This variable.
+        """
+        return self._write("assign_add", value)
+
+    def assign_sub(self, value, use_locking=False, name=None, read_value=True):
+        """Subtracts; arguments as in `assign`.
+
+        Args:
+            value: what to subtract.
+            use_locking: passed on.
+            name: passed on.
+            read_value: passed on.
+
+        Returns:
+            This variable.
+        """
+        return self._write("assign_sub", value)
+
+    def _write(self, method: str, value: Any) -> "ShardedVariable":
+        value = tf.convert_to_tensor(value, dtype=self.dtype)
+        program = current_program()
+        if program is not None:
+            self._write_in_program(program, method, value)
+            return self
+        full = tf.ensure_shape(value, self._full_shape)
+        for rank, component in zip(
+            self._distribute_strategy.extended.local_ranks, self._values, strict=True
+        ):
+            with tf.device(component.device):
+                getattr(component, method)(self._component_of(full, rank))
+        return self
+
+    def _write_in_program(self, program, method: str, value: tf.Tensor) -> None:
+        if program.update_parts and self.update_layout != self.layout:
+            if value.shape.is_compatible_with(self.shape):
+                value = self.update_layout.part_from_full(value, self.mesh)
+            change = {"assign": lambda old, new: new, "assign_add": tf.add}.get(method, tf.subtract)
+            old = None if method == "assign" else self.read()
+            program.pending_parts[id(self)] = (self, change(old, value))
+            return
+        if not program.in_update:
+            value = self._aggregated(value)
+        is_part = program.update_parts and value.shape.is_compatible_with(self._values[0].shape)
+        if not is_part:
+            value = tf.ensure_shape(value, self._full_shape)
+            value = self.layout.part_from_full(value, self.mesh)
+        getattr(self._values[0], method)(value)
+
+    def _component_of(self, value: tf.Tensor, rank: int) -> tf.Tensor:
+        return self.layout.part_of(value, self.mesh, rank)
+
+    def _aggregated(self, value: tf.Tensor) -> tf.Tensor:
+        """One value from those the replicas assign, as the variable's aggregation says."""
+        kind = self._aggregation
+        if kind == tf.VariableAggregation.SUM:
+            return collectives.all_reduce(value, BATCH_AXES)
+        if kind == tf.VariableAggregation.MEAN:
+            total = collectives.all_reduce(value, BATCH_AXES)
+            return total / tf.cast(self.mesh.batch_ways, value.dtype)
+        if kind == tf.VariableAggregation.ONLY_FIRST_REPLICA:
+            return collectives.broadcast(value, BATCH_AXES)
+        return value
+
+    def _update_replica(self, update_fn, value, **kwargs):
+        raise NotImplementedError(
+            f"The variable {self.path} of a mesh takes assign, assign_add and assign_sub in a "
+            f"replica. Received: {getattr(update_fn, '__name__', update_fn)!r}. Convert sparse "
+            "updates with tf.convert_to_tensor."
+        )
+
+    def scatter_add(self, sparse_delta, use_locking=False, name=None):
+        """Adds `tf.IndexedSlices`, densely.
+
+        Args:
+            sparse_delta: the slices.
+            use_locking: passed on.
+            name: passed on.
+
+        Returns:
+            This variable.
+        """
+        return self.assign_add(tf.convert_to_tensor(sparse_delta))
+
+    def scatter_sub(self, sparse_delta, use_locking=False, name=None):
+        """Subtracts `tf.IndexedSlices`, densely.
+
+        Args:
+            sparse_delta: the slices.
+            use_locking: passed on.
+            name: passed on.
+
+        Returns:
+            This variable.
+        """
+        return self.assign_sub(tf.convert_to_tensor(sparse_delta))
+
+
+class SeedVariable(ShardedVariable):
+    """State of a `keras.random.SeedGenerator`: another stream for each part of the batch.
+
+    The user sees the state of the first rank, which is the state on one device. A rank whose rows
+    of the batch are others adds a constant to the seed, so that dropout masks differ along the
+    axes that split the batch and agree along those that hold the same activations.
+    """
+
+    def _fold(self, value: tf.Tensor, index: Any) -> tf.Tensor:
+        # A prime of 31 bits, so that seeds of neighbouring ranks share no pattern.
+        shift = tf.cast(index, value.dtype) * tf.constant(1_640_531_527, value.dtype)
+        return value + tf.stack([shift, tf.zeros_like(shift)])
+
+    def read(self) -> tf.Tensor:
+        """Returns this rank's state in a program, else the first rank's."""
+        return self._values[0].value()
+
+    def _get(self):
+        return self.read()
+
+    def _write_in_program(self, program, method: str, value: tf.Tensor) -> None:
+        del program
+        getattr(self._values[0], method)(value)
+
+    def _component_of(self, value: tf.Tensor, rank: int) -> tf.Tensor:
+        return self._fold(value, self.mesh.index_along(rank, BATCH_AXES))
+
+
+class MetricVariable(_internal.SyncOnReadVariable):
+    """State of a metric: each rank counts its own rows, readers see the sum.
+
+    Ranks that differ only on axes which do not split the batch count the same rows, and are
+    counted once.
+    """
+
+    def _get_cross_replica(self):
+        strategy = self._distribute_strategy
+        if self._aggregation == tf.VariableAggregation.ONLY_FIRST_REPLICA:
+            return self._get_replica(0)
+        components = [self._values[i] for i in strategy.extended.batch_representatives]
+        with tf.device("CPU:0"):
+            total = tf.add_n([component.read_value() for component in components])
+            if self._aggregation == tf.VariableAggregation.MEAN:
+                total /= tf.cast(len(components), total.dtype)
+        return total

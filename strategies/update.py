@@ -1,0 +1,181 @@
+"""The update of a step: any Keras optimizer, in the order that gives one device's weights.
+
+    accumulate → sum over the mesh → unscale and check finite → clip → update → EMA
+
+Keras clips and checks what each replica computed, before the sum; this owns the order. It runs in
+place of `Optimizer.apply` while a program is traced (`strategies.keras_hooks`), so `model.fit`, a
+user's own `train_step` and `llmos_tf.training.make_train_step` all update this way.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from llmos_tf.program import ReplicaProgram, current_program
+from llmos_tf.sharding import ShardedVariable
+from llmos_tf.strategies.gradients import clip_gradients, gather_updated_parts, sync_gradients
+
+# Optimizers whose update of an element needs only that element's gradient and state: they update
+# each rank's part by itself. Exact types, because a subclass may do anything.
+_ELEMENTWISE = (
+    keras.optimizers.SGD,
+    keras.optimizers.Adam,
+    keras.optimizers.AdamW,
+    keras.optimizers.Adamax,
+    keras.optimizers.Nadam,
+    keras.optimizers.RMSprop,
+    keras.optimizers.Adagrad,
+    keras.optimizers.Adadelta,
+    keras.optimizers.Ftrl,
+    keras.optimizers.Lion,
+)
+
+
+def is_elementwise(optimizer: Any) -> bool:
+    """Returns whether an optimizer can update a part of a variable by itself.
+
+    Args:
+        optimizer: a Keras optimizer; one of the user's own may say so with a true class attribute
+            `elementwise`.
+
+    Returns:
+        True where parts are enough; otherwise the update sees full variables.
+    """
+    return type(optimizer) in _ELEMENTWISE or bool(getattr(optimizer, "elementwise", False))
+
+
+def apply_gradients(optimizer: Any, gradients: Sequence[Any], variables: Any = None) -> None:
+    """Updates variables by the gradients of this rank's rows; stands in for `Optimizer.apply`.
+
+    Args:
+        optimizer: a Keras optimizer.
+        gradients: one for each variable; None where a variable had no part in the loss.
+        variables: `keras.Variable`s; None takes those the optimizer was built with.
+    """
+    program = current_program()
+    variables = list(optimizer._trainable_variables if variables is None else variables)
+    if not optimizer.built:
+        with keras.name_scope(optimizer.name), tf.init_scope():
+            optimizer.build(variables)
+    optimizer._check_variables_are_known(variables)
+    gradients, variables = optimizer._filter_empty_gradients(gradients, variables)
+    stored = [_stored(variable) for variable in variables]
+    if not program.gradients_synced:
+        gradients = sync_gradients(program, gradients, stored)
+    scale = optimizer.loss_scale_factor
+    if scale is not None:
+        gradients = [gradient / scale for gradient in gradients]
+    _accumulate_and_update(program, optimizer, gradients, variables)
+    if optimizer.use_ema:
+        _update_averages(program, optimizer)
+    with program.having(in_update=True):
+        for variable in variables:
+            if variable.constraint is not None:
+                variable.assign(variable.constraint(variable))
+        optimizer._iterations.assign_add(1)
+
+
+def apply_scaled_gradients(
+    original: Callable, optimizer: Any, gradients: Sequence[Any], variables: Any = None
+) -> None:
+    """Stands in for `LossScaleOptimizer.apply`: sums before the check for finite gradients.
+
+    Args:
+        original: Keras's own method, which unscales, checks, and calls the inner optimizer.
+        optimizer: the `keras.optimizers.LossScaleOptimizer`.
+        gradients: one for each variable, of the scaled loss; None as in `apply_gradients`.
+        variables: `keras.Variable`s; None takes those the optimizer was built with.
+    """
+    program = current_program()
+    inner = optimizer.inner_optimizer
+    variables = list(inner._trainable_variables if variables is None else variables)
+    if not optimizer.built:
+        with keras.name_scope(optimizer.name), tf.init_scope():
+            optimizer.build(variables)
+            optimizer.built = True
+    gradients, variables = inner._filter_empty_gradients(gradients, variables)
+    synced = sync_gradients(program, gradients, [_stored(v) for v in variables])
+    with program.having(gradients_synced=True, in_update=True):
+        original(optimizer, synced, variables)
+
+
+def _accumulate_and_update(program, optimizer, gradients, variables) -> None:
+    steps = optimizer.gradient_accumulation_steps
+    if not steps:
+        _update(program, optimizer, gradients, variables)
+        return
+    sums = [
+        _stored(optimizer._accumulated_gradients[optimizer._get_variable_index(v)])
+        for v in variables
+    ]
+
+    def update():
+        with program.having(in_update=True, update_parts=True):
+            means = [(g + s) / steps for g, s in zip(gradients, sums, strict=True)]
+        _update(program, optimizer, means, variables)
+        with program.having(in_update=True, update_parts=True):
+            for total in sums:
+                total.assign(tf.zeros(total.values[0].shape, total.dtype))
+
+    def add():
+        with program.having(in_update=True, update_parts=True):
+            for gradient, total in zip(gradients, sums, strict=True):
+                total.assign_add(gradient)
+
+    due = tf.equal((optimizer._iterations + 1) % steps, 0)
+    tf.cond(due, lambda: _done(update), lambda: _done(add))
+
+
+def _update(program: ReplicaProgram, optimizer: Any, gradients, variables) -> None:
+    """Clip, decay, and the optimizer's own update rule."""
+    stored = [_stored(variable) for variable in variables]
+    gradients = clip_gradients(program, optimizer, gradients, stored)
+    parts = is_elementwise(optimizer)
+    if not parts:
+        gradients = [
+            v.update_layout.full_from_part(g, tuple(v.shape), program.mesh)
+            for g, v in zip(gradients, stored, strict=True)
+        ]
+    with program.having(in_update=True, update_parts=parts):
+        optimizer._apply_weight_decay(variables)
+        optimizer._backend_update_step(gradients, variables, optimizer.learning_rate)
+    gather_updated_parts(program)
+
+
+def _update_averages(program: ReplicaProgram, optimizer: Any) -> None:
+    """Exponential moving averages of the weights, on each rank's part."""
+    pairs = [
+        (_stored(variable), _stored(average))
+        for variable, average in zip(
+            optimizer._trainable_variables, optimizer._model_variables_moving_average, strict=True
+        )
+        if average is not None
+    ]
+
+    def overwrite():
+        with program.having(in_update=True, update_parts=True):
+            for variable, average in pairs:
+                variable.assign(average.read())
+        gather_updated_parts(program)
+
+    with program.having(in_update=True, update_parts=True):
+        for variable, average in pairs:
+            started = tf.cast(tf.not_equal(optimizer.iterations, 0), variable.dtype)
+            momentum = started * tf.constant(optimizer.ema_momentum, variable.dtype)
+            average.assign(momentum * average.read() + (1 - momentum) * variable.read())
+    if optimizer.ema_overwrite_frequency:
+        due = tf.equal((optimizer.iterations + 1) % optimizer.ema_overwrite_frequency, 0)
+        tf.cond(due, lambda: _done(overwrite), lambda: tf.constant(True))
+
+
+def _done(action: Callable[[], None]) -> tf.Tensor:
+    """Runs a branch of `tf.cond` that is there for what it does."""
+    action()
+    return tf.constant(True)
+
+
+def _stored(variable: Any) -> ShardedVariable:
+    """The mesh's variable inside a `keras.Variable`."""
+    return getattr(variable, "_value", variable)
