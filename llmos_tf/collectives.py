@@ -17,9 +17,12 @@ from collections.abc import Iterable
 
 import tensorflow as tf
 
-from llmos_tf.program import ReplicaProgram, require_program
+from llmos_tf.program import MAX_INSTANCES, ReplicaProgram, require_program
 
 Axes = str | Iterable[str]
+
+# Keys are int32; lengths that differ by this much would meet in one, and TensorFlow would say so.
+_MAX_LENGTHS = 2**31 // MAX_INSTANCES - 2
 
 _MERGE_OPS = {"sum": "Add", "max": "Max", "min": "Min"}
 
@@ -346,14 +349,14 @@ class _Group:
         if x.dtype == tf.bool:
             raise ValueError(f"{self._what} needs numbers. Received: a boolean tensor.")
         y = tf.raw_ops.CollectiveReduceV2(
-            input=x, merge_op=merge_op, final_op="Id", **self._arguments()
+            input=x, merge_op=merge_op, final_op="Id", **self._arguments(x)
         )
         return _with_shape(y, x.shape)
 
     def gather(self, x: tf.Tensor, dim: int) -> tf.Tensor:
         # The op concatenates along dimension 0 and needs one.
         front = _move_dim(x, dim, 0)
-        y = tf.raw_ops.CollectiveGatherV2(input=front, **self._arguments())
+        y = tf.raw_ops.CollectiveGatherV2(input=front, **self._arguments(front))
         y = _with_shape(y, _scaled(front.shape, 0, self.size))
         return _move_dim(y, 0, dim)
 
@@ -363,7 +366,7 @@ class _Group:
 
     def swap(self, parts: tf.Tensor) -> tf.Tensor:
         """[group, ...] to [group, ...]: part j goes to rank j."""
-        y = tf.raw_ops.CollectiveAllToAllV2(input=parts, **self._arguments())
+        y = tf.raw_ops.CollectiveAllToAllV2(input=parts, **self._arguments(parts))
         return _with_shape(y, parts.shape)
 
     def stack_parts(self, x: tf.Tensor, dim: int) -> tf.Tensor:
@@ -373,7 +376,7 @@ class _Group:
         if self._program.communication == "nccl":
             front = _move_dim(x, dim, 0)
             y = tf.raw_ops.CollectiveReduceScatterV2(
-                input=front, merge_op="Add", final_op="Id", **self._arguments()
+                input=front, merge_op="Add", final_op="Id", **self._arguments(x)
             )
             y = _with_shape(y, _scaled(front.shape, 0, 1 / self.size))
             return _move_dim(y, 0, dim)
@@ -400,14 +403,27 @@ class _Group:
         y = tf.slice(x, tf.stack(begin), tf.stack(size))
         return _with_shape(y, _scaled(x.shape, dim, 1 / self.size))
 
-    def _arguments(self) -> dict:
+    def _arguments(self, x: tf.Tensor) -> dict:
         return {
             "group_size": self.size,
             "group_key": self._program.group_key(self.axes),
-            "instance_key": self._program.keys.next_instance(),
+            "instance_key": self._instance_key(x),
             "ordering_token": [self._program.token],
             "communication_hint": self._program.communication,
         }
+
+
+    def _instance_key(self, x: tf.Tensor) -> int | tf.Tensor:
+        """A key for this op; TensorFlow remembers one shape for each key.
+
+        So an op that may see another number of rows in the next step gets a key for each number.
+        """
+        key = self._program.keys.next_instance()
+        dynamic = [dim for dim, length in enumerate(x.shape) if length is None]
+        if not dynamic:
+            return key
+        length = tf.reduce_prod(tf.gather(tf.shape(x), dynamic))
+        return key + MAX_INSTANCES * (1 + length % _MAX_LENGTHS)
 
 
 def _move_dim(x: tf.Tensor, source: int, target: int) -> tf.Tensor:

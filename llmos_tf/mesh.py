@@ -90,7 +90,7 @@ class Mesh:
         """Makes a mesh from ``"data=2,tensor=4"``, as the scripts' ``--mesh`` flag is written.
 
         Args:
-            text: comma-separated ``axis=size`` pairs; empty for one device.
+            text: comma-separated ``axis=size`` pairs; empty, or 1 as it is printed, for one device.
 
         Returns:
             The mesh, without devices.
@@ -103,6 +103,8 @@ class Mesh:
             8
         """
         sizes: dict[str, int] = {}
+        if text.strip() == str(cls()):
+            return cls()
         for item in filter(None, (part.strip() for part in text.split(","))):
             name, _, size = (part.strip() for part in item.partition("="))
             if name not in AXES or not size.isdecimal() or name in sizes:
@@ -185,9 +187,8 @@ class Mesh:
 
         Raises:
             ValueError: `rank` is outside the mesh.
-        """
-        if not 0 <= rank < self.size:
-            raise ValueError(f"The mesh {self} has ranks 0 to {self.size - 1}. Received: {rank}.")
+        """  # noqa: DOC502
+        self._check_rank(rank)
         return dict(zip(AXES, self.coordinates()[rank].tolist(), strict=True))
 
     def coordinates(self) -> np.ndarray:
@@ -241,7 +242,11 @@ class Mesh:
 
         Returns:
             Ranks in increasing order, which is the order of `index_along`.
-        """
+
+        Raises:
+            ValueError: `rank` is outside the mesh, or a name is not a mesh axis.
+        """  # noqa: DOC502
+        self._check_rank(rank)
         moving = [AXES.index(axis) for axis in self.canonical_axes(axes)]
         coordinates = self.coordinates()
         fixed = np.delete(coordinates, moving, axis=1)
@@ -258,6 +263,10 @@ class Mesh:
             A partition of the ranks.
         """
         return tuple(sorted({self.group(rank, axes) for rank in range(self.size)}))
+
+    def _check_rank(self, rank: int) -> None:
+        if not 0 <= rank < self.size:
+            raise ValueError(f"The mesh {self} has ranks 0 to {self.size - 1}. Received: {rank}.")
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Mesh):

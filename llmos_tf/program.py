@@ -16,6 +16,10 @@ from llmos_tf import _internal
 from llmos_tf.mesh import AXES, Mesh
 
 
+# Collective ops in all programs of one strategy; a program of 126 blocks has a few thousand.
+MAX_INSTANCES = 2**17
+
+
 class CollectiveKeys:
     """Integers that tell TensorFlow which collective ops belong together.
 
@@ -38,8 +42,19 @@ class CollectiveKeys:
                 self._subsets[axes] = self._base + len(self._subsets) * mesh.size
 
     def next_instance(self) -> int:
-        """Returns a key for one more collective op."""
-        return next(self._instances)
+        """Returns a key for one more collective op.
+
+        Raises:
+            RuntimeError: the strategy has traced more than `MAX_INSTANCES` of them.
+        """
+        key = next(self._instances)
+        if key >= MAX_INSTANCES:
+            raise RuntimeError(
+                f"A strategy may trace {MAX_INSTANCES} collective ops, and this one has. Most "
+                "likely a program is traced again at every step: call strategy.run inside one "
+                "tf.function, with arguments of the same shapes."
+            )
+        return key
 
     def group_strides(self, axes: tuple[str, ...]) -> tuple[int, list[int]]:
         """Returns (base, strides): a rank's key along `axes` is base + coordinate · strides.
@@ -94,9 +109,15 @@ class ReplicaProgram(_internal.ReplicaContext):
         self.in_update = False
         self.update_parts = False
         self.gradients_synced = False
+        # Whether an output layer may leave its logits cut by vocabulary, and along which axis the
+        # last one did.
         self.sharded_logits = False
+        self.logits_axis: str | None = None
         # New values of parts whose variables are stored whole, until they are gathered, by `id`.
         self.pending_parts: dict[int, tuple[Any, tf.Tensor]] = {}
+        # Gradients of the reads of each gathered variable, by `id`: `tf.IndexedSlices` or None for
+        # a dense one.
+        self.read_gradients: dict[int, list[tf.IndexedSlices | None]] = {}
         # Variables whose gradient each rank of these axes holds only a part of, by `id`.
         self.partial_gradients: dict[int, tuple[str, ...]] = {}
         self._coordinate = coordinate

@@ -14,6 +14,7 @@ Glossary:
 - *microbatch*, *stage*, *schedule*: the units of a pipeline.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 
@@ -129,7 +130,25 @@ class MeshExtended(_internal.MirroredExtended):
 
     def _replica_ctx_update(self, var, fn, args, kwargs, group):
         del group
+        if any(isinstance(arg, tf.IndexedSlices) for arg in args):
+            # Rows of the whole variable: it is updated as a whole.
+            with current_program().having(update_parts=False):
+                return fn(var, *args, **kwargs)
         return fn(var, *args, **kwargs)
+
+    def _reduce_to(self, reduce_op, value, destinations, options):
+        del destinations, options
+        mean = reduce_op == tf.distribute.ReduceOp.MEAN
+
+        def one(x):
+            parts = x.values if isinstance(x, tf.distribute.DistributedValues) else (x,)
+            if len(parts) == 1:
+                # One value for all replicas: its mean is itself.
+                return parts[0] if mean else parts[0] * self._num_replicas_in_sync
+            tensors = [tf.convert_to_tensor(part) for part in parts]
+            return _mean_of_parts(tensors) if mean else tf.add_n(_aligned(tensors))
+
+        return tf.nest.map_structure(one, value)
 
     def _update(self, var, fn, args, kwargs, group):
         # Outside a program a variable reads and takes full values, so `fn` runs once on the whole
@@ -177,12 +196,14 @@ class MeshExtended(_internal.MirroredExtended):
         trainable = kwargs.get("trainable") is not False
         dtype = tf.as_dtype(kwargs.get("dtype") or tf.float32)
         layout = self.layout_rules.find(path, shape, trainable)
-        if not (trainable and dtype.is_floating):
+        # A scalar is not worth cutting, and an optimizer's own counters look like weights.
+        if not (trainable and dtype.is_floating and shape):
             return layout, layout
         flat = ("fsdp",) if "fsdp" not in layout.dims else ()
-        layout = Layout(layout.dims, flat).effective(self.mesh)
+        layout = dataclasses.replace(layout, flat=flat).effective(self.mesh)
         more = ("data",) if self.zero_stage in (1, 2) else ()
-        return layout, Layout(layout.dims, layout.flat + more).effective(self.mesh)
+        update_layout = dataclasses.replace(layout, flat=layout.flat + more)
+        return layout, update_layout.effective(self.mesh)
 
     def _create_components(self, next_creator, name, kwargs, initial, layout):
         kwargs = {**kwargs, "shape": None, "aggregation": tf.VariableAggregation.NONE}
@@ -203,6 +224,27 @@ class MeshExtended(_internal.MirroredExtended):
         layout = Layout((None,) * initial.shape.rank)
         components = self._create_components(next_creator, name, kwargs, initial, layout)
         return MetricVariable(self._container_strategy(), components, kwargs["aggregation"])
+
+
+def _mean_of_parts(parts: list[tf.Tensor]) -> tf.Tensor:
+    """Mean over replicas; where an uneven batch gives some more rows, over those that have a row.
+
+    Whole numbers stay whole: Keras builds models on the mean of a batch of tokens.
+    """
+    total = tf.add_n(_aligned(parts))
+    count = tf.add_n(_aligned([tf.ones_like(part) for part in parts]))
+    return total // count if total.dtype.is_integer else total / count
+
+
+def _aligned(parts: list[tf.Tensor]) -> list[tf.Tensor]:
+    """The parts, filled up with rows of zeros to the longest."""
+    if len({tuple(part.shape.as_list()) for part in parts}) == 1:
+        return parts
+    longest = tf.reduce_max([tf.shape(part)[0] for part in parts])
+    return [
+        tf.pad(part, [[0, longest - tf.shape(part)[0]], *[[0, 0]] * (part.shape.rank - 1)])
+        for part in parts
+    ]
 
 
 def _initial_value(kwargs: dict) -> tf.Tensor:

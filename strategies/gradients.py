@@ -6,7 +6,7 @@ they are the gradient of one device. What comes out is cut as the optimizer want
 cuts optimizer state along `data`, the sum is a reduce-scatter.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import tensorflow as tf
@@ -41,17 +41,68 @@ def sync_gradients(
         variables: the variables.
 
     Returns:
-        Gradients of the global loss, each with the shape of the part that this rank updates.
+        Gradients of the global loss, each with the shape of the part that this rank updates; for a
+        variable that was only looked up, `tf.IndexedSlices` of all ranks' rows.
     """
-    dense = [tf.convert_to_tensor(gradient) for gradient in gradients]
-    plans = [_reduction(program, g, v) for g, v in zip(dense, variables, strict=True)]
-    results: list[Any] = [None] * len(dense)
-    for reduction, members in _buckets(plans, dense):
+    plans = [_reduction(program, g, v) for g, v in zip(gradients, variables, strict=True)]
+    results: list[Any] = [None] * len(plans)
+    dense = {}
+    for i, (gradient, variable) in enumerate(zip(gradients, variables, strict=True)):
+        rows = _lookup_gradient(gradient, variable)
+        if rows is None:
+            dense[i] = tf.convert_to_tensor(gradient)
+        else:
+            results[i] = _gather_rows(program, rows)
+    for reduction, members in _buckets({i: plans[i] for i in dense}, dense):
         reduce = _scatter_bucket if reduction.scatter_axes else _sum_bucket
         reduced = reduce(program, reduction, [dense[i] for i in members])
         for i, gradient in zip(members, reduced, strict=True):
             results[i] = gradient
     return results
+
+
+def update_part(program: ReplicaProgram, gradient: Any, variable: ShardedVariable) -> tf.Tensor:
+    """Returns a summed gradient as the part that this rank updates.
+
+    Args:
+        program: the program of this rank.
+        gradient: as `sync_gradients` returns it.
+        variable: its variable.
+
+    Returns:
+        Dense tensor, of the part's shape.
+    """
+    if not isinstance(gradient, tf.IndexedSlices):
+        return gradient
+    full = tf.ensure_shape(tf.convert_to_tensor(gradient), variable.shape)
+    return variable.update_layout.part_from_full(full, program.mesh)
+
+
+def _lookup_gradient(gradient: Any, variable: ShardedVariable) -> tf.IndexedSlices | None:
+    """The sparse gradient of a variable that was only looked up, or None."""
+    if isinstance(gradient, tf.IndexedSlices):
+        return gradient
+    return variable.sparse_gradient()
+
+
+def _gather_rows(program: ReplicaProgram, rows: tf.IndexedSlices) -> tf.IndexedSlices:
+    """All ranks' rows of a sparse gradient, in the order of the batch.
+
+    They are gathered and not summed, because Keras's adaptive optimizers square each row by
+    itself: only the rows that one device has give the weights of one device.
+    """
+    values, indices = tf.convert_to_tensor(rows.values), tf.convert_to_tensor(rows.indices)
+    axes = [axis for axis in BATCH_AXES if program.mesh.axis_size(axis) > 1]
+    if axes:
+        if values.shape[0] is None:
+            # An uneven batch: fill up with rows of zeros, which change nothing.
+            longest = collectives.all_reduce(tf.shape(values)[0], axes, op="max")
+            missing = longest - tf.shape(values)[0]
+            values = tf.pad(values, [[0, missing], *[[0, 0]] * (values.shape.rank - 1)])
+            indices = tf.pad(indices, [[0, missing]])
+        values = collectives.all_gather(values, axes)
+        indices = collectives.all_gather(indices, axes)
+    return tf.IndexedSlices(values, indices, rows.dense_shape)
 
 
 def gather_updated_parts(program: ReplicaProgram) -> None:
@@ -67,7 +118,7 @@ def gather_updated_parts(program: ReplicaProgram) -> None:
         axes = variable.update_layout.flat[len(variable.layout.flat) :]
         plans.append(Reduction(part.dtype, (), axes))
     parts = [part for _, part in pending]
-    for reduction, members in _buckets(plans, parts):
+    for reduction, members in _buckets(dict(enumerate(plans)), dict(enumerate(parts))):
         (axis,) = reduction.scatter_axes
         flat = tf.concat([parts[i] for i in members], 0)
         rows = tf.reshape(collectives.all_gather(flat, axis), [program.mesh.axis_size(axis), -1])
@@ -103,9 +154,12 @@ def clip_gradients(
     if optimizer.global_clipnorm and optimizer.global_clipnorm > 0:
         squares = squared_norms(program, gradients, variables)
         norm = tf.sqrt(tf.add_n([tf.cast(s, squares[0].dtype) for s in squares]))
-        return [_scaled(g, norm, optimizer.global_clipnorm) for g in gradients]
+        # Dense from here on, as Keras has it.
+        parts = [update_part(program, g, v) for g, v in zip(gradients, variables, strict=True)]
+        return [_scaled(part, norm, optimizer.global_clipnorm) for part in parts]
     if optimizer.clipvalue and optimizer.clipvalue > 0:
-        return [tf.clip_by_value(g, -optimizer.clipvalue, optimizer.clipvalue) for g in gradients]
+        limit = optimizer.clipvalue
+        return [_on_values(g, lambda v: tf.clip_by_value(v, -limit, limit)) for g in gradients]
     return list(gradients)
 
 
@@ -124,8 +178,14 @@ def squared_norms(
     Returns:
         A scalar for each variable, the same on every rank.
     """
-    local = [tf.reduce_sum(tf.square(g)) for g in gradients]
-    axes_of = [program.mesh.canonical_axes(_cut_axes(v.update_layout)) for v in variables]
+    # Every rank has all rows of a sparse gradient.
+    local = [tf.reduce_sum(tf.square(getattr(g, "values", g))) for g in gradients]
+    axes_of = [
+        ()
+        if isinstance(g, tf.IndexedSlices)
+        else program.mesh.canonical_axes(_cut_axes(v.update_layout))
+        for g, v in zip(gradients, variables, strict=True)
+    ]
     result = list(local)
     groups = {(axes, s.dtype) for axes, s in zip(axes_of, local, strict=True) if axes}
     for axes, dtype in sorted(groups, key=str):
@@ -162,7 +222,7 @@ def _cut_axes(layout: Layout) -> tuple[str, ...]:
 
 
 def _buckets(
-    plans: Sequence[Reduction], tensors: Sequence[tf.Tensor]
+    plans: Mapping[int, Reduction], tensors: Mapping[int, tf.Tensor]
 ) -> list[tuple[Reduction, list[int]]]:
     """Groups tensors that are reduced alike, up to `BUCKET_BYTES`, later variables first.
 
@@ -170,7 +230,7 @@ def _buckets(
     """
     open_buckets: dict[Reduction, tuple[list[int], int]] = {}
     closed = []
-    for i in reversed(range(len(plans))):
+    for i in reversed(plans):
         size = tensors[i].shape.num_elements() * tensors[i].dtype.size
         members, total = open_buckets.get(plans[i], ([], 0))
         if members and total + size > BUCKET_BYTES:
@@ -217,7 +277,15 @@ def _packed(
     return [tf.reshape(p, t.shape) for p, t in zip(parts, tensors, strict=True)]
 
 
-def _scaled(gradient: tf.Tensor, norm: tf.Tensor, limit: float) -> tf.Tensor:
+def _scaled(gradient: Any, norm: tf.Tensor, limit: float) -> Any:
     norm = tf.cast(norm, gradient.dtype)
     limit = tf.constant(limit, gradient.dtype)
-    return gradient * (limit / tf.maximum(norm, limit))
+    return _on_values(gradient, lambda v: v * (limit / tf.maximum(norm, limit)))
+
+
+def _on_values(gradient: Any, function: Callable[[tf.Tensor], tf.Tensor]) -> Any:
+    if isinstance(gradient, tf.IndexedSlices):
+        return tf.IndexedSlices(
+            function(gradient.values), gradient.indices, gradient.dense_shape
+        )
+    return function(gradient)

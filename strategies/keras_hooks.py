@@ -127,7 +127,8 @@ def check_finite(optimizer: Any, gradients: list) -> tf.Tensor:
     """
     del optimizer
     program = current_program()
-    finite = [tf.reduce_all(tf.math.is_finite(g)) for g in gradients if g is not None]
+    values = [getattr(g, "values", g) for g in gradients if g is not None]
+    finite = [tf.reduce_all(tf.math.is_finite(value)) for value in values]
     mine = tf.cast(tf.reduce_all(tf.stack(finite)), tf.int32)
     split = [axis for axis, size in program.mesh.sizes.items() if size > 1]
     return tf.equal(collectives.all_reduce(mine, split, op="min"), 1)

@@ -12,10 +12,16 @@ from typing import Any
 
 import keras
 import tensorflow as tf
+from keras import ops
 
 from llmos_tf.program import ReplicaProgram, current_program
 from llmos_tf.sharding import ShardedVariable
-from llmos_tf.strategies.gradients import clip_gradients, gather_updated_parts, sync_gradients
+from llmos_tf.strategies.gradients import (
+    clip_gradients,
+    gather_updated_parts,
+    sync_gradients,
+    update_part,
+)
 
 # Optimizers whose update of an element needs only that element's gradient and state: they update
 # each rank's part by itself. Exact types, because a subclass may do anything.
@@ -66,7 +72,7 @@ def apply_gradients(optimizer: Any, gradients: Sequence[Any], variables: Any = N
         gradients = sync_gradients(program, gradients, stored)
     scale = optimizer.loss_scale_factor
     if scale is not None:
-        gradients = [gradient / scale for gradient in gradients]
+        gradients = [ops.divide(gradient, scale) for gradient in gradients]
     _accumulate_and_update(program, optimizer, gradients, variables)
     if optimizer.use_ema:
         _update_averages(program, optimizer)
@@ -106,6 +112,9 @@ def _accumulate_and_update(program, optimizer, gradients, variables) -> None:
     if not steps:
         _update(program, optimizer, gradients, variables)
         return
+    gradients = [
+        update_part(program, g, _stored(v)) for g, v in zip(gradients, variables, strict=True)
+    ]
     sums = [
         _stored(optimizer._accumulated_gradients[optimizer._get_variable_index(v)])
         for v in variables
@@ -135,11 +144,16 @@ def _update(program: ReplicaProgram, optimizer: Any, gradients, variables) -> No
     parts = is_elementwise(optimizer)
     if not parts:
         gradients = [
-            v.update_layout.full_from_part(g, tuple(v.shape), program.mesh)
+            g
+            if isinstance(g, tf.IndexedSlices)
+            else v.update_layout.full_from_part(g, tuple(v.shape), program.mesh)
             for g, v in zip(gradients, stored, strict=True)
         ]
     with program.having(in_update=True, update_parts=parts):
         optimizer._apply_weight_decay(variables)
+        if any(isinstance(gradient, tf.IndexedSlices) for gradient in gradients):
+            # The update by rows reads the whole variable, decayed.
+            gather_updated_parts(program)
         optimizer._backend_update_step(gradients, variables, optimizer.learning_rate)
     gather_updated_parts(program)
 

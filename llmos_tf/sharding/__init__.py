@@ -2,7 +2,7 @@
 
 from llmos_tf.sharding.layout import Layout
 from llmos_tf.sharding.reading import layout_of, local_slice, mark_partial_gradient
-from llmos_tf.sharding.rules import LayoutRules, announce_layouts
+from llmos_tf.sharding.rules import LayoutRules, announce_layouts, mesh_axis_size
 from llmos_tf.sharding.variables import MetricVariable, SeedVariable, ShardedVariable
 
 __all__ = [
@@ -15,4 +15,5 @@ __all__ = [
     "layout_of",
     "local_slice",
     "mark_partial_gradient",
+    "mesh_axis_size",
 ]

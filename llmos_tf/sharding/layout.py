@@ -21,6 +21,9 @@ class Layout:
     Args:
         dims: an axis name or None per dimension, as in `keras.distribution.TensorLayout`.
         flat: axes along which the flattened slice is cut, outermost first.
+        uneven: whether an axis may leave the last slices of a dimension shorter; they are padded
+            with zeros to the length of the others. Only for layers that know it, such as the
+            vocabulary-parallel embedding of 50,257 tokens over 2 ranks.
 
     Example:
         >>> Layout((None, "tensor")).part_shape((4, 8), Mesh(tensor=2))
@@ -31,6 +34,7 @@ class Layout:
 
     dims: tuple[str | None, ...]
     flat: tuple[str, ...] = ()
+    uneven: bool = False
 
     def effective(self, mesh: Mesh) -> "Layout":
         """Returns the layout without the axes that have size 1 on `mesh`.
@@ -44,6 +48,7 @@ class Layout:
         return Layout(
             tuple(a if a is not None and mesh.axis_size(a) > 1 else None for a in self.dims),
             tuple(a for a in self.flat if mesh.axis_size(a) > 1),
+            self.uneven,
         )
 
     def check(self, path: str, shape: tuple[int, ...], mesh: Mesh) -> None:
@@ -66,7 +71,7 @@ class Layout:
         if len(set(used)) != len(used):
             raise ValueError(f"The layout {self.dims} of the variable {path} uses an axis twice.")
         for dim, axis in enumerate(self.dims):
-            if axis is not None and shape[dim] % mesh.axis_size(axis):
+            if axis is not None and not self.uneven and shape[dim] % mesh.axis_size(axis):
                 raise ValueError(
                     f"The variable {path} of shape {shape} is laid out as {self.dims}, but the "
                     f"axis {axis} of size {mesh.axis_size(axis)} does not divide its dimension "
@@ -90,7 +95,7 @@ class Layout:
             The shape that parallel layers compute with.
         """
         return tuple(
-            length if axis is None else length // mesh.axis_size(axis)
+            length if axis is None else -(-length // mesh.axis_size(axis))
             for length, axis in zip(shape, self.dims, strict=True)
         )
 
@@ -143,7 +148,7 @@ class Layout:
             0 if axis is None else where[axis] * length
             for axis, length in zip(self.dims, slices, strict=True)
         ]
-        part = full if slices == shape else tf.slice(full, begin, slices)
+        part = full if slices == shape else tf.slice(self._padded(full, mesh), begin, slices)
         if not self.flat:
             return part
         part = tf.reshape(part, [-1])
@@ -178,7 +183,15 @@ class Layout:
             self._join_dims(dim + 1, {**where, axis: index}, parts, shape, mesh)
             for index in range(mesh.axis_size(axis))
         ]
-        return tf.concat(slices, dim)
+        return _cut_to(tf.concat(slices, dim), dim, shape[dim])
+
+    def _padded(self, full: tf.Tensor, mesh: Mesh) -> tf.Tensor:
+        """`full` with the zeros that make uneven slices equal."""
+        missing = [
+            0 if axis is None else -full.shape[dim] % mesh.axis_size(axis)
+            for dim, axis in enumerate(self.dims)
+        ]
+        return tf.pad(full, [[0, count] for count in missing]) if any(missing) else full
 
     def _join_flat(self, level, where, parts, lengths, mesh):
         if level == len(self.flat):
@@ -225,7 +238,7 @@ class Layout:
         full = self.slice_from_part(part, shape, mesh)
         for dim, axis in enumerate(self.dims):
             if axis is not None:
-                full = collectives.gather_from_axis(full, axis, dim)
+                full = _cut_to(collectives.gather_from_axis(full, axis, dim), dim, shape[dim])
         return full
 
     def part_from_full(self, full: tf.Tensor, mesh: Mesh) -> tf.Tensor:
@@ -239,7 +252,7 @@ class Layout:
             Tensor of `part_shape`.
         """
         shape = tuple(full.shape)
-        part = full
+        part = self._padded(full, mesh)
         for dim, axis in enumerate(self.dims):
             if axis is not None:
                 part = collectives.split_to_axis(part, axis, dim)
@@ -265,6 +278,13 @@ class Layout:
             length = -(-flat.shape[0] // size)
             flat = collectives.split_to_axis(pad_to(flat, length * size), axis, 0)
         return flat
+
+
+def _cut_to(x: tf.Tensor, dim: int, length: int) -> tf.Tensor:
+    """The first `length` entries along `dim`."""
+    if x.shape[dim] == length:
+        return x
+    return x[(slice(None),) * dim + (slice(length),)]
 
 
 def pad_to(flat: tf.Tensor, length: int) -> tf.Tensor:

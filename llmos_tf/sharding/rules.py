@@ -2,7 +2,8 @@
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 import tensorflow as tf
 
@@ -26,21 +27,21 @@ class LayoutRules:
         self._mesh = mesh
         self._from_user = user_rules is not None
         self._rules = {
-            pattern: _checked_axes(user_rules[pattern], pattern) for pattern in user_rules or ()
+            pattern: _as_layout(user_rules[pattern], pattern) for pattern in user_rules or ()
         }
         self._matched: set[str] = set()
         self._paths: list[str] = []
 
-    def add_model_table(self, table: Mapping[str, Iterable[str | None]]) -> None:
+    def add_model_table(self, table: Mapping[str, Any]) -> None:
         """Adds a model's own table, unless the user gave rules.
 
         Args:
-            table: path pattern to axes.
+            table: path pattern to axes or `Layout`.
         """
         if self._from_user:
             return
         for pattern, axes in table.items():
-            self._rules.setdefault(pattern, _checked_axes(axes, pattern))
+            self._rules.setdefault(pattern, _as_layout(axes, pattern))
 
     def find(self, path: str, shape: tuple[int, ...], trainable: bool) -> Layout:
         """Returns the layout of dimensions for a new variable.
@@ -62,7 +63,7 @@ class LayoutRules:
         if pattern is None:
             return Layout((None,) * len(shape))
         self._matched.add(pattern)
-        layout = Layout(self._rules[pattern])
+        layout = self._rules[pattern]
         layout.check(path, shape, self._mesh)
         return layout.effective(self._mesh)
 
@@ -104,13 +105,13 @@ class LayoutRules:
         return hits[0] if hits else None
 
 
-def announce_layouts(table: Mapping[str, Iterable[str | None]]) -> None:
+def announce_layouts(table: Mapping[str, Any]) -> None:
     """Offers a model's table to the strategy in whose scope the model is made.
 
     Without a mesh strategy nothing happens, so a model may always call it.
 
     Args:
-        table: path pattern to an axis name or None per dimension.
+        table: path pattern to an axis name or None per dimension, or to a `Layout`.
     """
     extended = tf.distribute.get_strategy().extended
     rules = getattr(extended, "layout_rules", None)
@@ -118,13 +119,26 @@ def announce_layouts(table: Mapping[str, Iterable[str | None]]) -> None:
         rules.add_model_table(table)
 
 
-def _checked_axes(axes: Iterable[str | None], pattern: str) -> tuple[str | None, ...]:
-    """The axes of a rule; takes a `keras.distribution.TensorLayout` or the names themselves."""
-    names = tuple(getattr(axes, "axes", axes))
-    unknown = [axis for axis in names if axis is not None and axis not in AXES]
+def mesh_axis_size(axis: str) -> int:
+    """Returns the size of a mesh axis of the strategy in whose scope this is called.
+
+    Args:
+        axis: mesh axis name.
+
+    Returns:
+        1 without a mesh strategy.
+    """
+    mesh = getattr(tf.distribute.get_strategy().extended, "mesh", None)
+    return mesh.axis_size(axis) if isinstance(mesh, Mesh) else 1
+
+
+def _as_layout(rule: Any, pattern: str) -> Layout:
+    """A rule as a `Layout`: it may be one, a `keras.distribution.TensorLayout`, or axis names."""
+    layout = rule if isinstance(rule, Layout) else Layout(tuple(getattr(rule, "axes", rule)))
+    unknown = [axis for axis in layout.dims if axis is not None and axis not in AXES]
     if unknown:
         raise ValueError(
             f"The layout rule {pattern!r} names the axis {unknown[0]!r}. "
-            f"The mesh axes are {', '.join(AXES)}; received: {names}."
+            f"The mesh axes are {', '.join(AXES)}; received: {layout.dims}."
         )
-    return names
+    return layout

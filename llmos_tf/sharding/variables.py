@@ -93,13 +93,36 @@ class ShardedVariable(_internal.MirroredVariable):
             return self.layout.join(parts, self._full_shape, self.mesh)
 
     def _gathered(self) -> tf.Tensor:
-        return self.layout.full_from_part(self.part(), self._full_shape, self.mesh)
+        if self.layout.is_replicated:
+            return self.part()
+        full = self.layout.full_from_part(self.part(), self._full_shape, self.mesh)
+        reads = current_program().read_gradients.setdefault(id(self), [])
+
+        # A lookup has a sparse gradient, and Keras's adaptive optimizers do not update by it as by
+        # its dense sum. The gather makes it dense, so it is kept here for the step.
+        @tf.custom_gradient
+        def observed(full):
+            def gradient(upstream):
+                reads.append(upstream if isinstance(upstream, tf.IndexedSlices) else None)
+                return tf.convert_to_tensor(upstream)
+
+            return tf.identity(full), gradient
+
+        return observed(full)
+
+    def sparse_gradient(self) -> tf.IndexedSlices | None:
+        """Returns this rank's gradient of the whole value, where every read of it was a lookup."""
+        reads = current_program().read_gradients.get(id(self), [])
+        if not reads or any(read is None for read in reads):
+            return None
+        return tf.IndexedSlices(
+            tf.concat([tf.convert_to_tensor(read.values) for read in reads], 0),
+            tf.concat([tf.convert_to_tensor(read.indices) for read in reads], 0),
+            tf.constant(self._full_shape),
+        )
 
     def _get(self):
-        # What the base class converts, compares and computes with. A replicated variable stays a
-        # resource, so that `tf.gather` on it has a sparse gradient.
-        if self.layout.is_replicated and not self.update_layout.flat:
-            return super()._get()
+        # What the base class converts, compares and computes with.
         return self.read()
 
     def _get_cross_replica(self):
@@ -127,8 +150,6 @@ class ShardedVariable(_internal.MirroredVariable):
         Returns:
             The rows.
         """
-        if self.layout.is_replicated and current_program() is not None:
-            return self._values[0].sparse_read(indices, name=name)
         return tf.gather(self.read(), indices, name=name)
 
     # --- writing ---------------------------------------------------------------------------------

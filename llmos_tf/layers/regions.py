@@ -1,0 +1,103 @@
+"""Where a block's work is split over the `tensor` axis: how activations enter and leave.
+
+Shape suffixes here and in the other layers: B rows, T positions, D hidden width, F feed-forward
+width, N query heads, K key-value heads, H head width, V vocabulary. With a tensor axis of size t a
+rank holds N/t, K/t, F/t, V/t of them; under sequence parallelism T/t positions between blocks.
+"""
+
+from typing import Any
+
+import tensorflow as tf
+
+from llmos_tf import collectives
+from llmos_tf.program import current_program
+from llmos_tf.sharding import layout_of, mark_partial_gradient
+
+AXIS = "tensor"
+_POSITIONS = 1
+
+
+class TensorRegion:
+    """The stretch of a layer between `enter` and `leave`, split over `tensor` or not.
+
+    | weights in the region | positions split outside | enter | leave |
+    |---|---|---|---|
+    | cut along tensor | no | f: copy, backward all-reduce | g: all-reduce, backward copy |
+    | cut along tensor | yes | all-gather, backward reduce-scatter | reduce-scatter, backward all-gather |
+    | whole | no | as it is | as it is |
+    | whole | yes | gather, backward own part | own part, backward gather |
+
+    f and g are those of Megatron-LM (arXiv 1909.08053), the second row is its sequence-parallel
+    variant (arXiv 2205.05198). Outside a program nothing happens.
+
+    Args:
+        weight: a variable of the region whose layout tells whether the region is split.
+    """
+
+    def __init__(self, weight: Any):
+        program = current_program()
+        layout = layout_of(weight)
+        self.is_split = layout is not None and AXIS in layout.dims
+        self._split_positions = program is not None and program.sequence_parallel
+
+    def enter(self, x: tf.Tensor) -> tf.Tensor:
+        """Brings an activation of the residual stream into the region.
+
+        Args:
+            x: ``[B, T, ...]``, or ``[B, T/t, ...]`` where positions are split.
+
+        Returns:
+            ``[B, T, ...]`` on every rank.
+        """
+        if self._split_positions:
+            gather = collectives.all_gather if self.is_split else collectives.gather_from_axis
+            return gather(x, AXIS, dim=_POSITIONS)
+        return collectives.copy_to_axis(x, AXIS) if self.is_split else x
+
+    def leave(self, y: tf.Tensor) -> tf.Tensor:
+        """Brings a result back to the residual stream: the sum over ranks where the work was split.
+
+        Args:
+            y: ``[B, T, ...]``; a partial sum where the region is split.
+
+        Returns:
+            ``[B, T, ...]``, or ``[B, T/t, ...]`` where positions are split.
+        """
+        if self._split_positions:
+            scatter = collectives.reduce_scatter if self.is_split else collectives.split_to_axis
+            return scatter(y, AXIS, dim=_POSITIONS)
+        return collectives.reduce_from_axis(y, AXIS) if self.is_split else y
+
+
+def in_stream(weight: Any) -> Any:
+    """Returns a weight that is used in the residual stream, outside every region.
+
+    Where positions are split there, each rank computes its positions' part of the gradient only,
+    so it is summed over `tensor` too.
+
+    Args:
+        weight: a variable that is not cut along `tensor`.
+
+    Returns:
+        The weight.
+    """
+    program = current_program()
+    if program is not None and program.sequence_parallel:
+        mark_partial_gradient(weight, AXIS)
+    return weight
+
+
+def stream_positions(length: int | tf.Tensor) -> tf.Tensor:
+    """Returns the positions that an activation of the residual stream stands for.
+
+    Args:
+        length: number of positions that this rank holds in the stream.
+
+    Returns:
+        int32 ``[length]``: from 0, or from this rank's first position where positions are split.
+    """
+    positions = tf.range(length)
+    program = current_program()
+    if program is not None and program.sequence_parallel:
+        positions += collectives.axis_index(AXIS) * length
+    return positions

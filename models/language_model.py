@@ -1,0 +1,167 @@
+"""What the language models share: presets, training on sharded logits, decoding."""
+
+from typing import Any, ClassVar
+
+import keras
+import tensorflow as tf
+
+from llmos_tf.config import ModelConfig
+from llmos_tf.layers import TokenCrossEntropy
+from llmos_tf.models.presets import PRESETS, get_preset
+from llmos_tf.program import current_program
+from llmos_tf.sharding import announce_layouts
+
+
+class LanguageModel(keras.Model):
+    """A decoder-only transformer: tokens ``[B, T]`` in, logits ``[B, T, V]`` out.
+
+    It is built when it is made, so its weights exist, its parameters can be counted and a
+    checkpoint can be loaded before any data is seen.
+
+    Args:
+        config: sizes.
+        name: model name; its variables' paths begin with it.
+        **kwargs: as for `keras.Model`.
+
+    Call arguments:
+        tokens: integers ``[B, T]``, T <= max_positions.
+        training: whether to drop.
+
+    Returns:
+        Logits ``[B, T, V]``.
+    """
+
+    config_class: ClassVar[type[ModelConfig]] = ModelConfig
+
+    def __init__(self, config: ModelConfig, name: str | None = None, **kwargs: Any):
+        super().__init__(name=name, **kwargs)
+        if not isinstance(config, self.config_class):
+            raise ValueError(
+                f"{type(self).__name__} takes a {self.config_class.__name__}. Received: {config!r}."
+            )
+        self.config = config
+        announce_layouts(self.layout_table())
+        self.make_layers()
+        self.build((None, config.max_positions))
+
+    @classmethod
+    def from_preset(cls, preset: str, **kwargs: Any) -> "LanguageModel":
+        """Makes a model of a named size, with new weights.
+
+        Args:
+            preset: a name in `llmos_tf.models.PRESETS`.
+            **kwargs: as for the constructor.
+
+        Returns:
+            The model.
+
+        Raises:
+            ValueError: an unknown preset, or one of another architecture.
+
+        Example:
+            >>> model = GPT.from_preset("gpt_tiny")
+        """
+        config = get_preset(preset)
+        if not isinstance(config, cls.config_class):
+            mine = [name for name, c in PRESETS.items() if isinstance(c, cls.config_class)]
+            raise ValueError(
+                f"The preset {preset!r} is a {type(config).__name__}; {cls.__name__} takes one of "
+                f"{', '.join(mine)}."
+            )
+        return cls(config, **kwargs)
+
+    def make_layers(self) -> None:
+        """Makes `blocks` and the other layers."""
+        raise NotImplementedError
+
+    def layout_table(self) -> dict[str, Any]:
+        """Returns the layouts of this model's variables over a tensor axis, by path pattern."""
+        raise NotImplementedError
+
+    def build(self, input_shape: Any) -> None:
+        """Makes all weights.
+
+        Args:
+            input_shape: not needed: the configuration says it all.
+        """
+        raise NotImplementedError
+
+    def decode(
+        self, tokens: tf.Tensor, cache: tf.Tensor, offset: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """Scores tokens that follow those in the cache.
+
+        Args:
+            tokens: ``[B, T]``.
+            cache: ``[layers, 2, B, K', S, H]``, see `new_cache`.
+            offset: number of positions already in the cache, int32 scalar.
+
+        Returns:
+            Logits ``[B, T, V]`` and the cache with the T positions written.
+        """
+        raise NotImplementedError
+
+    def new_cache(self, rows: int | tf.Tensor, length: int | tf.Tensor) -> tf.Tensor:
+        """Returns an empty key-value cache for this rank.
+
+        Args:
+            rows: B.
+            length: S, positions in all.
+
+        Returns:
+            Zeros ``[layers, 2, B, K', S, H]``, K' the key-value heads that this rank keeps.
+        """
+        attention = self.blocks[0].attention
+        shape = [len(self.blocks), 2, rows, attention.cache_heads(), length, attention.head_dim]
+        return tf.zeros(shape, self.compute_dtype)
+
+    def num_parameters(self) -> int:
+        """Returns the number of trainable parameters, from the configuration."""
+        return self.config.num_parameters()
+
+    def train_step(self, data: Any) -> dict[str, Any]:
+        """As Keras's, on sharded logits where loss and metrics can use them.
+
+        Args:
+            data: this replica's rows.
+
+        Returns:
+            Metric results.
+        """
+        return self._on_sharded_logits(super().train_step, data)
+
+    def test_step(self, data: Any) -> dict[str, Any]:
+        """As Keras's, on sharded logits where loss and metrics can use them.
+
+        Args:
+            data: this replica's rows.
+
+        Returns:
+            Metric results.
+        """
+        return self._on_sharded_logits(super().test_step, data)
+
+    def _on_sharded_logits(self, step: Any, data: Any) -> Any:
+        program = current_program()
+        if program is None:
+            return step(data)
+        knows = isinstance(self.loss, TokenCrossEntropy) and len(self.metrics) == 1
+        with program.having(sharded_logits=knows, logits_axis=None):
+            return step(data)
+
+    def get_config(self) -> dict[str, Any]:
+        """Returns what `from_config` needs."""
+        return {"config": self.config.to_dict(), "name": self.name}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> "LanguageModel":
+        """Makes a model like another, with new weights.
+
+        Args:
+            config: what `get_config` returned.
+            custom_objects: not needed.
+
+        Returns:
+            The model.
+        """
+        return cls(cls.config_class.from_dict(config["config"]), name=config["name"])
