@@ -211,6 +211,28 @@ class MeshOptionalSpec(tf.TypeSpec):
         return MeshOptional(components[0])
 
 
+def split_batch(batch: Any, strategy: tf.distribute.Strategy) -> Any:
+    """Splits a global batch by rows over the replicas of a strategy.
+
+    Args:
+        batch: nested tensors, each with the rows of the batch in its first dimension; None stays
+            None, and what is per-replica already stays as it is.
+        strategy: a mesh strategy, or any other, for which nothing is split.
+
+    Returns:
+        The same structure of per-replica values.
+    """
+    mesh = getattr(strategy.extended, "mesh", None)
+    values = [v for v in tf.nest.flatten(batch) if v is not None]
+    is_split = any(isinstance(v, tf.distribute.DistributedValues) for v in values)
+    if mesh is None or mesh.batch_ways == 1 or is_split:
+        return batch
+    tensors = tf.nest.map_structure(
+        lambda x: x if x is None else tf.convert_to_tensor(x), batch
+    )
+    return regroup_rows(_split_rows(tensors, mesh.batch_ways))
+
+
 def regroup_rows(parts: tuple) -> Any:
     """Turns a tuple of one element for each replica into an element of per-replica values.
 
@@ -231,7 +253,7 @@ def _split_rows(batch: Any, ways: int) -> tuple:
 
 
 def _rows(x: Any, index: int, ways: int) -> Any:
-    if ways == 1:
+    if ways == 1 or x is None:
         return x
     static = x.shape[0] if x.shape.rank is not None else None
     if static is not None:

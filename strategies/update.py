@@ -59,12 +59,20 @@ def apply_gradients(optimizer: Any, gradients: Sequence[Any], variables: Any = N
         optimizer: a Keras optimizer.
         gradients: one for each variable; None where a variable had no part in the loss.
         variables: `keras.Variable`s; None takes those the optimizer was built with.
+
+    Raises:
+        ValueError: the optimizer was made outside the strategy's scope.
     """
     program = current_program()
     variables = list(optimizer._trainable_variables if variables is None else variables)
     if not optimizer.built:
         with keras.name_scope(optimizer.name), tf.init_scope():
             optimizer.build(variables)
+    if not isinstance(_stored(optimizer._iterations), ShardedVariable):
+        raise ValueError(
+            f"The optimizer {optimizer.name!r} was made outside the strategy's scope, so its state "
+            "lives on one device only. Make it inside `with strategy.scope():`."
+        )
     optimizer._check_variables_are_known(variables)
     gradients, variables = optimizer._filter_empty_gradients(gradients, variables)
     stored = [_stored(variable) for variable in variables]

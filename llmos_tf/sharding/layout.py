@@ -148,7 +148,11 @@ class Layout:
             0 if axis is None else where[axis] * length
             for axis, length in zip(self.dims, slices, strict=True)
         ]
-        part = full if slices == shape else tf.slice(self._padded(full, mesh), begin, slices)
+        # Not `slices == shape`: one row over two ranks leaves slices of one row, the second empty.
+        if any(axis is not None for axis in self.dims):
+            part = tf.slice(self._padded(full, mesh), begin, slices)
+        else:
+            part = full
         if not self.flat:
             return part
         part = tf.reshape(part, [-1])

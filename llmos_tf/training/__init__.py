@@ -1,0 +1,23 @@
+"""The train-step library: see `llmos_tf.training.step` for the two algorithms."""
+
+from llmos_tf.training.gradient_descent import GradientDescent
+from llmos_tf.training.step import (
+    global_loss,
+    local_gradients,
+    local_loss,
+    make_loss_step,
+    make_train_step,
+    split_batch,
+    train_step,
+)
+
+__all__ = [
+    "GradientDescent",
+    "global_loss",
+    "local_gradients",
+    "local_loss",
+    "make_loss_step",
+    "make_train_step",
+    "split_batch",
+    "train_step",
+]

@@ -1,0 +1,247 @@
+"""The train step: the two algorithms that the project stands on, as one program.
+
+*Data-parallel algorithm*, over the axes `data` and `fsdp`:
+
+1. split the batch: `split_batch`;
+2. local gradients, by each rank's rows: `local_gradients`;
+3. all-reduce y = Σ_j x_j of the gradients: `strategies.gradients.sync_gradients`;
+4. update θ ← θ - η∇J(θ), the same on every rank: `strategies.update.apply_gradients`;
+5. repeat: call the step again.
+
+*Model-parallel algorithm*, over the axis `tensor`:
+
+1. split the model: layouts cut its variables (`sharding.Layout`, `models.layouts`);
+2. each rank computes its part, forward and backward: the same `local_gradients`;
+3. exchange intermediate results where a part ends: `layers.regions.TensorRegion`;
+4. update: each rank its own part, the same `apply_gradients`.
+
+On a mesh of both, both happen. `model.fit` under a strategy's scope runs Keras's own `train_step`
+through the same steps 1, 3 and 4 (`strategies.keras_hooks`).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from llmos_tf import collectives
+from llmos_tf.layers import TokenCrossEntropy
+from llmos_tf.mesh import BATCH_AXES
+from llmos_tf.models.language_model import LanguageModel
+from llmos_tf.program import current_program
+from llmos_tf.strategies.input import split_batch
+
+Batch = tuple[Any, Any, Any]
+
+
+def make_train_step(
+    model: keras.Model, optimizer: keras.optimizers.Optimizer, loss: Any
+) -> tf.types.experimental.PolymorphicFunction:
+    """Makes a step for a custom loop: it updates the model and returns the loss.
+
+    Model and optimizer are made under the strategy's scope, or without one for one device.
+
+    Args:
+        model: a built Keras model.
+        optimizer: any Keras optimizer; `GradientDescent` is the plain one.
+        loss: a `keras.losses.Loss`, its name, or a function of (y_true, y_pred).
+
+    Returns:
+        A `tf.function` of ``(x, y)`` or ``(x, y, sample_weight)``, one by one or as a tuple: global
+        batches, or the per-replica ones that ``iter(strategy.experimental_distribute_dataset(...))``
+        yields. It returns the loss of the global batch before the update, a scalar.
+
+    Raises:
+        ValueError: the model has no weights yet, or the optimizer belongs to another strategy.
+
+    Example:
+        >>> with strategy.scope():
+        ...     model = GPT.from_preset("gpt_tiny")
+        ...     optimizer = keras.optimizers.AdamW(3e-4)
+        >>> step = make_train_step(model, optimizer, TokenCrossEntropy())
+        >>> for x, y in dataset:
+        ...     loss = step(x, y)
+    """
+    loss = as_loss(loss)
+    strategy = _strategy_of(model)
+    if not model.built:
+        raise ValueError(
+            f"The model {model.name!r} has no weights yet, so there is nothing to train. Build it "
+            "first, under the strategy's scope: give its input shape, or call it on a batch."
+        )
+    if not optimizer.built:
+        with strategy.scope():
+            optimizer.build(model.trainable_variables)
+
+    def replica_step(*batch):
+        return train_step(model, optimizer, loss, as_batch(batch))
+
+    @tf.function(reduce_retracing=True, autograph=False)
+    def step(*batch):
+        per_replica = split_batch(as_batch(batch), strategy)
+        return _first(strategy.run(replica_step, args=per_replica), strategy)
+
+    return step
+
+
+def make_loss_step(model: keras.Model, loss: Any) -> tf.types.experimental.PolymorphicFunction:
+    """Makes a step that returns the loss of a batch and changes nothing.
+
+    Args:
+        model: a built Keras model.
+        loss: as for `make_train_step`.
+
+    Returns:
+        A `tf.function` like that of `make_train_step`.
+    """
+    loss = as_loss(loss)
+    strategy = _strategy_of(model)
+
+    def replica_step(*batch):
+        return global_loss(local_loss(model, loss, as_batch(batch), training=False))
+
+    @tf.function(reduce_retracing=True, autograph=False)
+    def step(*batch):
+        per_replica = split_batch(as_batch(batch), strategy)
+        return _first(strategy.run(replica_step, args=per_replica), strategy)
+
+    return step
+
+
+def train_step(
+    model: keras.Model, optimizer: keras.optimizers.Optimizer, loss: Any, batch: Batch
+) -> tf.Tensor:
+    """One step of a rank: local gradients, then all-reduce and update.
+
+    Args:
+        model: the model.
+        optimizer: its optimizer.
+        loss: a `keras.losses.Loss`.
+        batch: this replica's rows ``(x, y, sample_weight or None)``.
+
+    Returns:
+        The loss of the global batch, a scalar, the same on every rank.
+    """
+    value, gradients = local_gradients(model, optimizer, loss, batch)
+    optimizer.apply(gradients, model.trainable_variables)
+    return global_loss(value)
+
+
+def local_gradients(
+    model: keras.Model, optimizer: keras.optimizers.Optimizer, loss: Any, batch: Batch
+) -> tuple[tf.Tensor, list[Any]]:
+    """Gradients of this rank's share of the loss, for the parts of the variables that it stores.
+
+    Args:
+        model: the model.
+        optimizer: scales the loss where it works with loss scaling.
+        loss: a `keras.losses.Loss`.
+        batch: this replica's rows ``(x, y, sample_weight or None)``.
+
+    Returns:
+        The share of the loss, a scalar whose sum over the parts of the batch is the loss; and a
+        gradient for each trainable variable, None where it had no part in the loss.
+    """
+    with tf.GradientTape() as tape:
+        value = local_loss(model, loss, batch, training=True)
+        scaled = optimizer.scale_loss(value)
+    return value, tape.gradient(scaled, model.trainable_variables)
+
+
+def local_loss(model: keras.Model, loss: Any, batch: Batch, training: bool) -> tf.Tensor:
+    """This rank's share of the loss: a sum over its rows, divided by the global weight.
+
+    Args:
+        model: the model.
+        loss: a `keras.losses.Loss`.
+        batch: this replica's rows ``(x, y, sample_weight or None)``.
+        training: whether layers such as dropout are on.
+
+    Returns:
+        A scalar.
+    """
+    x, y, sample_weight = batch
+    program = current_program()
+    if program is None:
+        return _total_loss(model, loss, x, y, sample_weight, training)
+    sharded = isinstance(loss, TokenCrossEntropy) and isinstance(model, LanguageModel)
+    with program.having(sharded_logits=sharded, logits_axis=None):
+        return _total_loss(model, loss, x, y, sample_weight, training)
+
+
+def global_loss(value: tf.Tensor) -> tf.Tensor:
+    """Sums the shares of the loss over the parts of the batch.
+
+    Args:
+        value: this rank's share.
+
+    Returns:
+        The loss of the global batch, on every rank.
+    """
+    if current_program() is None:
+        return value
+    return collectives.all_reduce(tf.stop_gradient(value), BATCH_AXES)
+
+
+def as_loss(loss: Any) -> keras.losses.Loss:
+    """Returns a loss by name, function or object as a `keras.losses.Loss`.
+
+    Args:
+        loss: what `model.compile` takes for one output.
+
+    Returns:
+        The loss object.
+    """
+    loss = keras.losses.get(loss)
+    return loss if isinstance(loss, keras.losses.Loss) else _FunctionLoss(loss)
+
+
+def as_batch(arguments: tuple) -> Batch:
+    """Returns ``(x, y, sample_weight or None)`` from what a step was called with.
+
+    Args:
+        arguments: ``(x, y)``, ``(x, y, w)``, or one of these as a tuple.
+
+    Returns:
+        Three values.
+
+    Raises:
+        ValueError: another number of values.
+    """
+    values = arguments[0] if len(arguments) == 1 else arguments
+    if not isinstance(values, tuple | list) or not 2 <= len(values) <= 3:
+        raise ValueError(
+            "A train step takes (x, y) or (x, y, sample_weight), one by one or as a tuple. "
+            f"Received: {len(arguments)} argument(s) of {type(arguments[0]).__name__}."
+        )
+    return values[0], values[1], values[2] if len(values) == 3 else None
+
+
+class _FunctionLoss(keras.losses.Loss):
+    """A function of (y_true, y_pred) that returns a loss for each row, or their mean."""
+
+    def __init__(self, function: Callable[[Any, Any], tf.Tensor]):
+        super().__init__(name=getattr(function, "__name__", "loss"))
+        self._function = function
+
+    def call(self, y_true: tf.Tensor, y_pred: tf.Tensor) -> tf.Tensor:
+        return self._function(y_true, y_pred)
+
+
+def _total_loss(model, loss, x, y, sample_weight, training) -> tf.Tensor:
+    value = loss(y, model(x, training=training), sample_weight=sample_weight)
+    program = current_program()
+    ways = 1 if program is None else program.mesh.batch_ways
+    # Regularizers and the like are the same on every rank: each part of the batch takes its share.
+    extra = [tf.cast(tf.reduce_sum(term), value.dtype) / ways for term in model.losses]
+    return tf.add_n([value, *extra])
+
+
+def _strategy_of(model: keras.Model) -> tf.distribute.Strategy:
+    """The strategy under whose scope the model was made; the default one without."""
+    return model.distribute_strategy
+
+
+def _first(value: Any, strategy: tf.distribute.Strategy) -> tf.Tensor:
+    return strategy.experimental_local_results(value)[0]
