@@ -27,6 +27,7 @@ __version__ = "0.1.0"
 # Modules that are attributes of the package without an import of their own.
 _MODULES = frozenset(
     {
+        "checkpoint",
         "collectives",
         "config",
         "data",
@@ -36,6 +37,7 @@ _MODULES = frozenset(
         "models",
         "sharding",
         "strategies",
+        "testing",
         "training",
     }
 )

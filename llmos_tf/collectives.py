@@ -71,10 +71,13 @@ def all_reduce(x: tf.Tensor, axes: Axes, op: str = "sum") -> tf.Tensor:
     if op not in _MERGE_OPS:
         raise ValueError(f"all_reduce knows {', '.join(_MERGE_OPS)}. Received: op={op!r}.")
     group = _Group(axes, "all_reduce")
+    if op != "sum":
+        # Before the size is looked at: one device trains as many do.
+        x = tf.stop_gradient(x)
     if group.size == 1:
         return tf.identity(x)
     if op != "sum":
-        return group.reduce(tf.stop_gradient(x), _MERGE_OPS[op])
+        return group.reduce(x, _MERGE_OPS[op])
 
     @tf.custom_gradient
     def summed(x):
@@ -348,17 +351,21 @@ class _Group:
     def reduce(self, x: tf.Tensor, merge_op: str = "Add") -> tf.Tensor:
         if x.dtype == tf.bool:
             raise ValueError(f"{self._what} needs numbers. Received: a boolean tensor.")
+        sent = _one_length(x)
         y = tf.raw_ops.CollectiveReduceV2(
-            input=x, merge_op=merge_op, final_op="Id", **self._arguments(x)
+            input=sent, merge_op=merge_op, final_op="Id", **self._arguments(sent)
         )
-        return _with_shape(y, x.shape)
+        return _unfold(y, x)
 
     def gather(self, x: tf.Tensor, dim: int) -> tf.Tensor:
         # The op concatenates along dimension 0 and needs one.
         front = _move_dim(x, dim, 0)
-        y = tf.raw_ops.CollectiveGatherV2(input=front, **self._arguments(front))
-        y = _with_shape(y, _scaled(front.shape, 0, self.size))
-        return _move_dim(y, 0, dim)
+        # Nor does it know bfloat16; it only moves bits, so another type of 16 bits does as well.
+        bits = tf.bitcast(front, tf.float16) if x.dtype == tf.bfloat16 else front
+        sent = _one_length(bits)
+        y = tf.raw_ops.CollectiveGatherV2(input=sent, **self._arguments(sent))
+        y = _unfold(y, bits, times=self.size)
+        return _move_dim(y if y.dtype == x.dtype else tf.bitcast(y, x.dtype), 0, dim)
 
     def exchange(self, x: tf.Tensor, split_dim: int, concat_dim: int) -> tf.Tensor:
         parts = self.swap(self.stack_parts(x, split_dim))
@@ -366,8 +373,9 @@ class _Group:
 
     def swap(self, parts: tf.Tensor) -> tf.Tensor:
         """[group, ...] to [group, ...]: part j goes to rank j."""
-        y = tf.raw_ops.CollectiveAllToAllV2(input=parts, **self._arguments(parts))
-        return _with_shape(y, parts.shape)
+        sent = _one_length(parts, self.size)
+        y = tf.raw_ops.CollectiveAllToAllV2(input=sent, **self._arguments(sent))
+        return _unfold(y, parts)
 
     def stack_parts(self, x: tf.Tensor, dim: int) -> tf.Tensor:
         return tf.stack(tf.split(x, self.size, dim))
@@ -375,10 +383,11 @@ class _Group:
     def reduce_scatter(self, x: tf.Tensor, dim: int) -> tf.Tensor:
         if self._program.communication == "nccl":
             front = _move_dim(x, dim, 0)
+            sent = _one_length(front)
             y = tf.raw_ops.CollectiveReduceScatterV2(
-                input=front, merge_op="Add", final_op="Id", **self._arguments(x)
+                input=sent, merge_op="Add", final_op="Id", **self._arguments(sent)
             )
-            y = _with_shape(y, _scaled(front.shape, 0, 1 / self.size))
+            y = _unfold(y, front, divided_by=self.size)
             return _move_dim(y, 0, dim)
         # The op has no CPU kernel; an exchange and a local sum move the same bytes.
         return tf.reduce_sum(self.swap(self.stack_parts(x, dim)), axis=0)
@@ -412,17 +421,15 @@ class _Group:
             "communication_hint": self._program.communication,
         }
 
-
     def _instance_key(self, x: tf.Tensor) -> int | tf.Tensor:
         """A key for this op; TensorFlow remembers one shape for each key.
 
         So an op that may see another number of rows in the next step gets a key for each number.
         """
         key = self._program.keys.next_instance()
-        dynamic = [dim for dim, length in enumerate(x.shape) if length is None]
-        if not dynamic:
+        if x.shape.is_fully_defined():
             return key
-        length = tf.reduce_prod(tf.gather(tf.shape(x), dynamic))
+        length = tf.shape(x)[x.shape.as_list().index(None)]
         return key + MAX_INSTANCES * (1 + length % _MAX_LENGTHS)
 
 
@@ -433,6 +440,21 @@ def _move_dim(x: tf.Tensor, source: int, target: int) -> tf.Tensor:
     order = [dim for dim in range(x.shape.rank) if dim != source]
     order.insert(target, source)
     return tf.transpose(x, order)
+
+
+def _one_length(x: tf.Tensor, rows: int | None = None) -> tf.Tensor:
+    """`x` flattened, or as a matrix of `rows`, where more than one of its lengths is unknown."""
+    if x.shape.as_list().count(None) < 2:
+        return x
+    return tf.reshape(x, [-1] if rows is None else [rows, tf.size(x) // rows])
+
+
+def _unfold(y: tf.Tensor, x: tf.Tensor, times: int = 1, divided_by: int = 1) -> tf.Tensor:
+    """The result for `_one_length(x)` as the one for `x`, of times / divided_by as many rows."""
+    if x.shape.as_list().count(None) > 1:
+        lengths = tf.shape(x)
+        y = tf.reshape(y, tf.concat([[lengths[0] * times // divided_by], lengths[1:]], 0))
+    return _with_shape(y, _scaled(x.shape, 0, times / divided_by) if x.shape.rank else x.shape)
 
 
 def _scaled(shape: tf.TensorShape, dim: int, factor: float) -> list[int | None]:

@@ -15,7 +15,6 @@ import tensorflow as tf
 from llmos_tf import _internal
 from llmos_tf.mesh import AXES, Mesh
 
-
 # Collective ops in all programs of one strategy; a program of 126 blocks has a few thousand.
 MAX_INSTANCES = 2**17
 
@@ -100,7 +99,9 @@ class ReplicaProgram(_internal.ReplicaContext):
     ):
         super().__init__(strategy, replica_id_in_sync_group=0)
         self.mesh = mesh
-        self.token = token
+        # Captured here, in the outermost graph: the backward body of a loop cannot capture an eager
+        # tensor that its forward body did not.
+        self.token = tf.compat.v1.get_default_graph().capture(token)
         self.keys = keys
         self.communication = communication
         self.sequence_parallel = sequence_parallel and mesh.axis_size("tensor") > 1

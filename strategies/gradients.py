@@ -285,7 +285,5 @@ def _scaled(gradient: Any, norm: tf.Tensor, limit: float) -> Any:
 
 def _on_values(gradient: Any, function: Callable[[tf.Tensor], tf.Tensor]) -> Any:
     if isinstance(gradient, tf.IndexedSlices):
-        return tf.IndexedSlices(
-            function(gradient.values), gradient.indices, gradient.dense_shape
-        )
+        return tf.IndexedSlices(function(gradient.values), gradient.indices, gradient.dense_shape)
     return function(gradient)

@@ -227,9 +227,7 @@ def split_batch(batch: Any, strategy: tf.distribute.Strategy) -> Any:
     is_split = any(isinstance(v, tf.distribute.DistributedValues) for v in values)
     if mesh is None or mesh.batch_ways == 1 or is_split:
         return batch
-    tensors = tf.nest.map_structure(
-        lambda x: x if x is None else tf.convert_to_tensor(x), batch
-    )
+    tensors = tf.nest.map_structure(lambda x: x if x is None else tf.convert_to_tensor(x), batch)
     return regroup_rows(_split_rows(tensors, mesh.batch_ways))
 
 

@@ -88,7 +88,7 @@ def bigram_bits_per_byte(
         >>> from llmos_tf.data import ByteTokenizer, pack_documents
         >>> train, heldout = (
         ...     pack_documents([ByteTokenizer().encode(text)], 64, end_of_document=255)
-        ...     for text in ("ab" * 50, "ab" * 5)
+        ...     for text in ("ab" * 500, "ab" * 5)
         ... )
         >>> bigram_bits_per_byte(train, heldout, heldout_bytes=10) < 1.0
         True

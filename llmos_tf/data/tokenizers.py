@@ -11,11 +11,7 @@ from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-
-try:
-    import tokenizers as hf_tokenizers
-except ImportError:  # Only FileTokenizer needs the package; bytes work without it.
-    hf_tokenizers = None
+import tokenizers as hf_tokenizers
 
 # The names under which public tokenizers mark the end of a document, in the order of trial:
 # GPT-2 and its kin, LLaMA 1 and 2, Llama 3, BERT, Gemma.
@@ -146,7 +142,6 @@ class FileTokenizer:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ImportError: if the package `tokenizers` is not installed.
         ValueError: if the file is not a tokenizer, or has no token that ends a document.
 
     Example:
@@ -157,12 +152,6 @@ class FileTokenizer:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        if hf_tokenizers is None:
-            raise ImportError(
-                f"Reading the tokenizer {os.fspath(path)!r} needs the package 'tokenizers' "
-                "(pip install tokenizers). Without it, leave the tokenizer out: text is then read "
-                "as bytes."
-            )
         if not os.path.exists(path):
             raise FileNotFoundError(f"There is no tokenizer file {os.fspath(path)!r}. {_HINT}")
         self._tokenizer = _read_tokenizer(path)

@@ -1,4 +1,4 @@
-"""Layers that compute with the slices of their weights, and are plain Keras layers without a mesh."""
+"""Layers that compute with slices of their weights; plain Keras layers without a mesh."""
 
 from llmos_tf.layers.attention import SelfAttention
 from llmos_tf.layers.dense import Dense

@@ -72,7 +72,9 @@ class SelfAttention(keras.layers.Layer):
         if self.is_grouped:
             kv_shape = (2, self.num_kv_heads, self.head_dim)
             self.query = Dense((hidden_size,), heads, use_bias, initializer, name="query")
-            self.key_value = Dense((hidden_size,), kv_shape, use_bias, initializer, name="key_value")
+            self.key_value = Dense(
+                (hidden_size,), kv_shape, use_bias, initializer, name="key_value"
+            )
         else:
             self.query_key_value = Dense(
                 (hidden_size,), (3, *heads), use_bias, initializer, name="query_key_value"

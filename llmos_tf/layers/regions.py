@@ -22,12 +22,12 @@ class TensorRegion:
 
     | weights in the region | positions split outside | enter | leave |
     |---|---|---|---|
-    | cut along tensor | no | f: copy, backward all-reduce | g: all-reduce, backward copy |
-    | cut along tensor | yes | all-gather, backward reduce-scatter | reduce-scatter, backward all-gather |
+    | cut | no | f: copy, backward all-reduce | g: all-reduce, backward copy |
+    | cut | yes | all-gather, backward reduce-scatter | reduce-scatter, backward all-gather |
     | whole | no | as it is | as it is |
     | whole | yes | gather, backward own part | own part, backward gather |
 
-    f and g are those of Megatron-LM (arXiv 1909.08053), the second row is its sequence-parallel
+    Weights are cut along `tensor`, or whole. f and g are those of Megatron-LM (arXiv 1909.08053), the second row is its sequence-parallel
     variant (arXiv 2205.05198). Outside a program nothing happens.
 
     Args:

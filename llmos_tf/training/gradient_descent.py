@@ -22,9 +22,7 @@ class GradientDescent(keras.optimizers.Optimizer):
     # An element's update needs that element's gradient only, so a rank may update its part alone.
     elementwise = True
 
-    def __init__(
-        self, learning_rate: Any = 0.01, name: str = "gradient_descent", **kwargs: Any
-    ):
+    def __init__(self, learning_rate: Any = 0.01, name: str = "gradient_descent", **kwargs: Any):
         super().__init__(learning_rate=learning_rate, name=name, **kwargs)
 
     def update_step(self, gradient: tf.Tensor, variable: tf.Variable, learning_rate: Any) -> None:

@@ -15,7 +15,7 @@ PACKAGE = pathlib.Path(llmos_tf.data.__file__).parent.parent
 @pytest.fixture
 def folder(tmp_path):
     for index in range(4):
-        (tmp_path / f"{index}.txt").write_text(f"Text number {index} is café.\n" * 5)
+        (tmp_path / f"{index}.txt").write_text(f"Text number {index} is café.\n" * (5 + index))
     return tmp_path
 
 
@@ -26,14 +26,15 @@ def decoded(packed):
 
 def test_both_parts_are_packed_and_the_bytes_are_the_heldout_ones(folder):
     """Catches parts swapped, and bytes counted over the wrong part or in characters."""
-    data = load_text_data(f"{folder}/*.txt", None, sequence_length=16, heldout_fraction=0.25)
+    data = load_text_data(f"{folder}/*.txt", None, sequence_length=16, heldout_fraction=0.5)
     texts = [(folder / f"{index}.txt").read_text() for index in range(4)]
-    assert decoded(data.train) == "".join(texts[:3])
-    assert decoded(data.heldout) == texts[3]
-    assert data.heldout_bytes == len(texts[3].encode()) > len(texts[3])
+    heldout = "".join(texts[2:])
+    assert decoded(data.train) == "".join(texts[:2])
+    assert decoded(data.heldout) == heldout
+    assert data.heldout_bytes == len(heldout.encode()) > len(heldout)
     assert data.train.sequence_length == data.heldout.sequence_length == 16
     assert data.corpus_name == f"{folder}/*.txt"
-    # A document's bytes and its end, less its first byte.
+    # For each document its bytes and its end, less its first byte.
     assert data.heldout.num_targets == data.heldout_bytes
 
 

@@ -8,7 +8,6 @@ import tokenizers as hf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmos_tf.data import tokenizers
 from llmos_tf.data.tokenizers import ByteTokenizer, FileTokenizer, Tokenizer, load_tokenizer
 
 VALID_TEXT = st.text(st.characters(exclude_categories=("Cs",)))
@@ -117,14 +116,6 @@ class TestFileTokenizer:
         """Catches an arbitrary id as the end of documents."""
         with pytest.raises(ValueError, match=r"no token that ends a document.*<\|endoftext\|>"):
             FileTokenizer(save("<pad>"))
-
-    def test_a_missing_package_is_named_and_bytes_still_work(self, monkeypatch, save):
-        """Catches an AttributeError on None, and a package that byte users do not need."""
-        path = save("</s>")
-        monkeypatch.setattr(tokenizers, "hf_tokenizers", None)
-        with pytest.raises(ImportError, match="pip install tokenizers"):
-            load_tokenizer(path)
-        assert load_tokenizer(None).vocab_size == 256
 
 
 class TestLoadTokenizer:

@@ -1,13 +1,12 @@
 """Layouts: what the ranks store is the tensor, cut as promised, outside and inside a program."""
 
 import doctest
-import itertools
 import math
 
 import numpy as np
 import pytest
 import tensorflow as tf
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from llmos_tf import collectives
@@ -56,6 +55,8 @@ def cut_by_numpy(full, layout, mesh, rank):
     return part
 
 
+# One row over two ranks: a slice has the shape of the whole.
+@example(((1,), Layout(("tensor",), uneven=True), Mesh(tensor=2)))
 @settings(max_examples=80, deadline=None)
 @given(laid_out_tensors())
 def test_the_parts_of_all_ranks_are_the_tensor(case):
@@ -147,6 +148,7 @@ CASES = [
     ((5, 3, 2), Layout(("tensor", "fsdp", None), uneven=True)),
     ((), Layout((), ("fsdp", "data"))),
     ((1,), Layout((None,), ("fsdp",))),
+    ((1,), Layout(("tensor",), uneven=True)),
 ]
 
 
@@ -231,14 +233,6 @@ def test_the_gradient_of_the_whole_goes_to_the_parts(seen, index):
         total = given_upstreams[members].sum(0)
         expected = cut_by_numpy(total, layout, mesh, rank)
         np.testing.assert_array_equal(results[index]["gradient"][rank], expected)
-
-
-def test_cases_cut_by_every_axis_in_both_ways():
-    """Catches a list of cases above that has lost a kind of cut."""
-    axes = set(EVERYWHERE)
-    dims = {axis for _, layout in CASES for axis in layout.dims if axis}
-    flat = set(itertools.chain(*(layout.flat for _, layout in CASES)))
-    assert (dims, flat) == ({"fsdp", "tensor"}, axes)
 
 
 def test_examples():

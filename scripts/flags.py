@@ -1,0 +1,178 @@
+"""The flags of all programs, and how a program starts, helps and refuses.
+
+A flag has one name and one meaning everywhere. Flags are read here only; from here on a run is a
+`RunOptions`.
+"""
+
+import contextlib
+import inspect
+import sys
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags
+
+from llmos_tf.mesh import Mesh
+
+FLAGS = flags.FLAGS
+
+flags.DEFINE_string("preset", "gpt_tiny", "Model size, a name in llmos_tf.models.PRESETS.")
+flags.DEFINE_string("mesh", "data=2,tensor=2", "Mesh axes, such as data=2,tensor=4; empty for one.")
+flags.DEFINE_integer("zero_stage", 0, "ZeRO stage, 0 to 3; 3 needs an fsdp axis.")
+flags.DEFINE_bool("sequence_parallel", False, "Also split positions over the tensor axis.")
+flags.DEFINE_integer("virtual_devices", None, "CPU devices to make; by default what --mesh needs.")
+flags.DEFINE_integer("global_batch", 16, "Sequences in a step, over all devices.")
+flags.DEFINE_integer("seq_len", None, "Tokens in a sequence; by default all the model's positions.")
+flags.DEFINE_integer("steps", 900, "Steps to train, counted from the first start.")
+flags.DEFINE_float("learning_rate", 4e-3, "Peak learning rate, after a warm-up; then a cosine.")
+flags.DEFINE_string("data", "stdlib", "Corpus: stdlib, or a glob of text or .jsonl files.")
+flags.DEFINE_string("tokenizer", None, "A tokenizer.json; by default the bytes are the tokens.")
+flags.DEFINE_string("workdir", None, "Where results go; by default a new folder in llmos_runs/.")
+flags.DEFINE_string("checkpoint", None, "A checkpoint, or a workdir whose latest is taken.")
+flags.DEFINE_bool("resume", False, "Go on from the latest checkpoint in --workdir, bit for bit.")
+flags.DEFINE_integer("save_every", 300, "Steps between checkpoints.")
+flags.DEFINE_integer("seed", 0, "Seed of weights, data order, dropout and sampling.")
+flags.DEFINE_string("json", None, "Also write the results to this file.")
+
+# Flags that every program has.
+_COMMON = ("mesh", "virtual_devices", "seed", "json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """What the flags said, checked. Fields have the flags' names and meanings.
+
+    Raises:
+        ValueError: a value that no run can have.
+    """
+
+    preset: str
+    mesh: str
+    zero_stage: int
+    sequence_parallel: bool
+    virtual_devices: int | None
+    global_batch: int
+    seq_len: int | None
+    steps: int
+    learning_rate: float
+    data: str
+    tokenizer: str | None
+    workdir: str | None
+    checkpoint: str | None
+    resume: bool
+    save_every: int
+    seed: int
+    json: str | None
+
+    def __post_init__(self):
+        for name in ("global_batch", "steps", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} is at least 1. Received: {getattr(self, name)}.")
+        if self.seq_len is not None and self.seq_len < 2:
+            raise ValueError(f"--seq_len is at least 2. Received: {self.seq_len}.")
+        if not self.learning_rate > 0:
+            raise ValueError(f"--learning_rate is above 0. Received: {self.learning_rate}.")
+        if not 0 <= self.seed < 2**31:
+            raise ValueError(f"--seed is from 0 to {2**31 - 1}. Received: {self.seed}.")
+        if self.resume and not self.workdir:
+            raise ValueError("--resume goes on from a checkpoint in --workdir. Name the folder.")
+        if self.parsed_mesh.batch_ways > 1 and self.global_batch % self.parsed_mesh.batch_ways:
+            ways = self.parsed_mesh.batch_ways
+            raise ValueError(
+                f"--global_batch={self.global_batch} is split over data × fsdp = {ways} parts of "
+                f"the mesh {self.parsed_mesh}, which does not divide it. Take a multiple of {ways}."
+            )
+
+    @property
+    def parsed_mesh(self) -> Mesh:
+        """The mesh, without devices."""
+        return Mesh.from_string(self.mesh)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the fields as JSON takes them."""
+        return asdict(self)
+
+
+def options_from_flags() -> RunOptions:
+    """Returns the options of this run.
+
+    Raises:
+        ValueError: flags that do not go together.
+    """  # noqa: DOC502
+    return RunOptions(**{name: FLAGS[name].value for name in RunOptions.__dataclass_fields__})
+
+
+def start(main: Callable[[], int | None], used: Sequence[str]) -> None:
+    """Runs a program: parses its flags, prints its help, exits with its status.
+
+    Args:
+        main: the program; returns its exit status, None for 0.
+        used: names of the flags it reads, beside those of its own module and the common ones.
+    """
+    module = inspect.getmodule(main)
+    own = [flag.name for flag in FLAGS.get_key_flags_for_module(module.__name__)]
+    own += [flag.name for flag in FLAGS.get_key_flags_for_module("__main__")]
+    names = [*used, *(name for name in _COMMON if name not in used)]
+    names += [name for name in dict.fromkeys(own) if name in FLAGS and name not in names]
+    app.run(lambda _: main(), flags_parser=lambda argv: _parse(argv, module.__doc__, names))
+
+
+@contextlib.contextmanager
+def refusing_misuse() -> Iterator[None]:
+    """Turns what the user got wrong into one paragraph on stderr and exit status 2.
+
+    Entered around the reading of options, files and checkpoints and the making of the model: what
+    is raised later is a fault of the program, and keeps its traceback.
+    """
+    try:
+        yield
+    except (ValueError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
+        refuse(str(error))
+
+
+def refuse(message: str) -> None:
+    """Ends the program for a misuse.
+
+    Args:
+        message: what was received and what would work.
+    """
+    name = Path(sys.argv[0]).stem
+    print(f"{name}: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _parse(argv: list[str], doc: str | None, names: list[str]) -> list[str]:
+    if any(arg in ("--help", "-help", "-h", "--helpfull", "--helpshort") for arg in argv[1:]):
+        print(_help(doc or "", names))
+        sys.exit(0)
+    try:
+        rest = FLAGS(argv)
+    except flags.Error as error:
+        refuse(f"{error}. See --help for the flags.")
+    if len(rest) > 1:
+        refuse(f"Only flags are taken, as --name=value. Received: {' '.join(rest[1:])!r}.")
+    unused = [
+        name
+        for name in RunOptions.__dataclass_fields__
+        if FLAGS[name].present and name not in names
+    ]
+    if unused:
+        refuse(f"--{unused[0]} is not a flag of this program. See --help for the flags.")
+    return rest
+
+
+def _help(doc: str, names: list[str]) -> str:
+    lines = [doc.strip(), "", "Flags:"]
+    for name in names:
+        flag = FLAGS[name]
+        default = "" if flag.default is None else f" (default: {flag.default_as_str})"
+        lines.append(f"  --{name}")
+        lines.extend(
+            textwrap.wrap(
+                f"{flag.help}{default}", 76, initial_indent="      ", subsequent_indent="      "
+            )
+        )
+    return "\n".join(lines)

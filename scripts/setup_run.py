@@ -1,0 +1,176 @@
+"""From options to a strategy, data and a model."""
+
+import time
+from pathlib import Path
+
+import keras
+import tensorflow as tf
+
+from llmos_tf import devices
+from llmos_tf.checkpoint import latest_checkpoint, load_config
+from llmos_tf.config import ModelConfig
+from llmos_tf.models import GPT, Llama, get_preset
+from llmos_tf.models.language_model import LanguageModel
+from llmos_tf.scripts.flags import RunOptions
+from llmos_tf.strategies import MeshStrategy
+
+_MODELS: tuple[type[LanguageModel], ...] = (GPT, Llama)
+
+
+def make_strategy(options: RunOptions) -> MeshStrategy:
+    """Makes the devices and the strategy of a run.
+
+    On a machine without GPUs it first splits the CPU into as many devices as the mesh needs.
+
+    Args:
+        options: of the run.
+
+    Returns:
+        The strategy.
+
+    Raises:
+        ValueError: the mesh does not fit the devices or the options.
+    """  # noqa: DOC502
+    mesh = options.parsed_mesh
+    wanted = options.virtual_devices
+    if wanted is None and not tf.config.list_physical_devices("GPU"):
+        wanted = mesh.size
+    if wanted is not None:
+        devices.configure_virtual_cpus(wanted)
+    return MeshStrategy(
+        mesh, zero_stage=options.zero_stage, sequence_parallel=options.sequence_parallel
+    )
+
+
+def make_model(config: ModelConfig, strategy: MeshStrategy, seed: int) -> LanguageModel:
+    """Makes a model under a strategy.
+
+    Args:
+        config: its sizes.
+        strategy: where it lives.
+        seed: of its weights.
+
+    Returns:
+        The model, built.
+
+    Raises:
+        ValueError: the mesh does not divide the model.
+    """  # noqa: DOC502
+    kind = next(kind for kind in _MODELS if isinstance(config, kind.config_class))
+    keras.utils.set_random_seed(seed)
+    with strategy.scope():
+        return kind(config, name=config.architecture)
+
+
+def preset_config(options: RunOptions) -> ModelConfig:
+    """Returns the sizes of `--preset`.
+
+    Args:
+        options: of the run.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        ValueError: an unknown preset.
+    """  # noqa: DOC502
+    return get_preset(options.preset)
+
+
+def checkpoint_path(options: RunOptions) -> Path:
+    """Returns the checkpoint that `--checkpoint` or `--workdir` names.
+
+    Args:
+        options: of the run.
+
+    Returns:
+        Path of the checkpoint.
+
+    Raises:
+        ValueError: neither flag is given.
+        FileNotFoundError: there is no checkpoint.
+    """
+    given = options.checkpoint or options.workdir
+    if not given:
+        raise ValueError(
+            "Which weights? Give --checkpoint=PATH, a checkpoint or the folder of a training run."
+        )
+    path = Path(given)
+    if not path.exists():
+        raise FileNotFoundError(f"There is no checkpoint {given!r}: the path does not exist.")
+    for folder in (path / "checkpoints", path):
+        if folder.is_dir() and (latest := latest_checkpoint(folder)) is not None:
+            return latest
+    return path
+
+
+def checkpoint_config(path: Path) -> ModelConfig:
+    """Returns the sizes of the model in a checkpoint.
+
+    Args:
+        path: the checkpoint.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        ValueError: it is not a checkpoint, or holds no configuration.
+    """  # noqa: DOC502
+    return load_config(path)
+
+
+def sequence_length(options: RunOptions, config: ModelConfig) -> int:
+    """Returns the tokens of a sequence, checked against model and mesh.
+
+    Args:
+        options: of the run.
+        config: the model's sizes.
+
+    Returns:
+        `--seq_len`, or the model's positions.
+
+    Raises:
+        ValueError: longer than the model's positions, or not divisible where positions are split.
+    """
+    length = options.seq_len or config.max_positions
+    if length > config.max_positions:
+        raise ValueError(
+            f"--seq_len={length} is more than the {config.max_positions} positions of "
+            f"{options.preset}. Take at most {config.max_positions}, or a larger preset."
+        )
+    ways = options.parsed_mesh.axis_size("tensor") if options.sequence_parallel else 1
+    if length % ways:
+        raise ValueError(
+            f"--sequence_parallel splits {length} positions over tensor={ways}, which does not "
+            f"divide them. Take a --seq_len that is a multiple of {ways}."
+        )
+    return length
+
+
+def new_workdir(options: RunOptions) -> Path:
+    """Returns where results go; a new folder in llmos_runs/ where none is named.
+
+    Args:
+        options: of the run.
+
+    Returns:
+        The folder; it may not exist yet.
+
+    Raises:
+        ValueError: it holds a run already, and this one does not resume it.
+    """
+    if options.workdir is None:
+        return Path("llmos_runs") / f"{options.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    workdir = Path(options.workdir)
+    latest = latest_checkpoint(workdir / "checkpoints")
+    if latest is not None and not options.resume:
+        raise ValueError(
+            f"--workdir={workdir} holds a run already, up to {latest.name}. Add --resume to go on "
+            "with it, or name another folder."
+        )
+    if latest is None and options.resume:
+        raise ValueError(
+            f"--resume: there is no checkpoint in {workdir / 'checkpoints'}. Leave --resume out to "
+            "start a run there, or name the folder of the run to go on with."
+        )
+    return workdir
