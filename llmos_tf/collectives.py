@@ -125,7 +125,7 @@ def reduce_scatter(x: tf.Tensor, axes: Axes, dim: int = 0) -> tf.Tensor:
 
     Raises:
         ValueError: the group size does not divide `dim`.
-    """
+    """  # noqa: DOC502
     group = _Group(axes, "reduce_scatter")
     if group.size == 1:
         return tf.identity(x)
@@ -154,7 +154,7 @@ def all_to_all(x: tf.Tensor, axes: Axes, split_dim: int = 0, concat_dim: int = 0
 
     Raises:
         ValueError: the group size does not divide `split_dim`.
-    """
+    """  # noqa: DOC502
     group = _Group(axes, "all_to_all")
     if group.size == 1:
         return tf.identity(x)
@@ -313,7 +313,7 @@ def split_to_axis(x: tf.Tensor, axes: Axes, dim: int = -1) -> tf.Tensor:
 
     Raises:
         ValueError: the group size does not divide `dim`.
-    """
+    """  # noqa: DOC502
     group = _Group(axes, "split_to_axis")
     if group.size == 1:
         return x

@@ -43,6 +43,9 @@ class CollectiveKeys:
     def next_instance(self) -> int:
         """Returns a key for one more collective op.
 
+        Returns:
+            A positive integer below `MAX_INSTANCES`, another one at each call.
+
         Raises:
             RuntimeError: the strategy has traced more than `MAX_INSTANCES` of them.
         """

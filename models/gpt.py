@@ -38,7 +38,7 @@ class GPTBlock(keras.layers.Layer):
         cache: as for `SelfAttention`.
         offset: as for `SelfAttention`.
 
-    Returns:
+    Call returns:
         Tensor like `x`; with a cache, (that, the new cache).
     """
 
@@ -109,7 +109,7 @@ class GPT(LanguageModel):
         tokens: integers ``[B, T]``.
         training: whether to drop.
 
-    Returns:
+    Call returns:
         Logits ``[B, T, V]``.
 
     Example:

@@ -27,8 +27,11 @@ class LanguageModel(keras.Model):
         tokens: integers ``[B, T]``, T <= max_positions.
         training: whether to drop.
 
-    Returns:
+    Call returns:
         Logits ``[B, T, V]``.
+
+    Raises:
+        ValueError: a configuration of another architecture.
     """
 
     config_class: ClassVar[type[ModelConfig]] = ModelConfig
@@ -83,6 +86,9 @@ class LanguageModel(keras.Model):
 
         Args:
             input_shape: not needed: the configuration says it all.
+
+        Raises:
+            NotImplementedError: the architecture does not say how.
         """
         raise NotImplementedError
 
@@ -98,6 +104,9 @@ class LanguageModel(keras.Model):
 
         Returns:
             Logits ``[B, T, V]`` and the cache with the T positions written.
+
+        Raises:
+            NotImplementedError: the architecture does not say how.
         """
         raise NotImplementedError
 

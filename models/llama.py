@@ -26,7 +26,7 @@ class LlamaBlock(keras.layers.Layer):
         cache: as for `SelfAttention`.
         offset: as for `SelfAttention`.
 
-    Returns:
+    Call returns:
         Tensor like `x`; with a cache, (that, the new cache).
     """
 
@@ -97,7 +97,7 @@ class Llama(LanguageModel):
         tokens: integers ``[B, T]``.
         training: whether to drop.
 
-    Returns:
+    Call returns:
         Logits ``[B, T, V]``.
     """
 

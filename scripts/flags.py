@@ -99,6 +99,9 @@ class RunOptions:
 def options_from_flags() -> RunOptions:
     """Returns the options of this run.
 
+    Returns:
+        The options, checked.
+
     Raises:
         ValueError: flags that do not go together.
     """  # noqa: DOC502

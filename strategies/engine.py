@@ -69,9 +69,10 @@ class Engine:
                 return fn(*rank_args, **rank_kwargs)
 
         coordinate_spec = tf.TensorSpec([extended.mesh.coordinates().shape[1]], tf.int32)
-        concrete = tf.function(program, autograph=False).get_concrete_function(
-            coordinate_spec, *specs
-        )
+        # Not inlined: a loop in an inlined copy has a name of its own on each device, TensorFlow puts
+        # that name into the keys of the collectives in the loop, and the ranks would never meet.
+        traced = tf.function(program, autograph=False, experimental_attributes={"_noinline": True})
+        concrete = traced.get_concrete_function(coordinate_spec, *specs)
         return self._call_everywhere(concrete, inputs)
 
     def _program(self, coordinate: tf.Tensor) -> ReplicaProgram:

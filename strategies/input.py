@@ -1,5 +1,6 @@
 """Input: one global batch, split by rows over the parts of the batch."""
 
+from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
@@ -49,7 +50,7 @@ class MeshDataset(_internal.DistributedDatasetInterface):
     def __len__(self) -> int:
         return len(self._dataset)
 
-    def reduce(self, initial_state, reduce_func):
+    def reduce(self, initial_state: Any, reduce_func: Callable[[Any, Any], Any]) -> Any:
         """Folds the elements; as `tf.data.Dataset.reduce`, over per-replica values.
 
         Args:

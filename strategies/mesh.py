@@ -32,7 +32,7 @@ class MeshStrategy(tf.distribute.MirroredStrategy):
         ...     model = llmos_tf.models.GPT.from_preset("gpt_tiny")
         ...     model.compile("adamw", llmos_tf.layers.TokenCrossEntropy())
         >>> model.fit(dataset)
-    """
+    """  # noqa: DOC502
 
     # `tf.distribute` looks for it on the class of the strategy.
     _collective_key_base = 0

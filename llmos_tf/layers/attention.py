@@ -44,7 +44,7 @@ class SelfAttention(keras.layers.Layer):
             K' this rank's key-value heads, or None.
         offset: position of the first of the T entries in the cache; int32 scalar.
 
-    Returns:
+    Call returns:
         Tensor like `x`; with a cache, (that, the cache with the T entries written).
     """
 

@@ -29,7 +29,7 @@ class Dense(keras.layers.Layer):
     Call arguments:
         x: ``[..., *input_shape]``, or this rank's slice of it.
 
-    Returns:
+    Call returns:
         ``[..., *output_shape]`` without the bias, or this rank's slice or partial sum of it.
     """
 

@@ -31,7 +31,7 @@ class Dropout(keras.layers.Layer):
         x: any tensor.
         training: whether to drop.
 
-    Returns:
+    Call returns:
         Tensor like `x`.
     """
 

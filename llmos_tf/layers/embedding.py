@@ -30,7 +30,7 @@ class TokenEmbedding(keras.layers.Layer):
     Call arguments:
         tokens: integers ``[B, T]``.
 
-    Returns:
+    Call returns:
         ``[B, T, D]``, of the residual stream.
     """
 
@@ -107,7 +107,7 @@ class PositionEmbedding(keras.layers.Layer):
         x: ``[B, T, D]``, of the residual stream.
         offset: position of the first entry; int32 scalar.
 
-    Returns:
+    Call returns:
         Tensor like `x`.
     """
 

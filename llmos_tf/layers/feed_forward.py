@@ -32,7 +32,7 @@ class FeedForward(keras.layers.Layer):
         x: ``[B, T, D]``, of the residual stream.
         training: whether to drop.
 
-    Returns:
+    Call returns:
         Tensor like `x`.
     """
 

@@ -27,7 +27,7 @@ class TokenCrossEntropy(keras.losses.Loss):
         y_pred: logits ``[B, T, V]``.
         sample_weight: ``[B, T]``, or None.
 
-    Returns:
+    Call returns:
         A scalar, or ``[B, T]`` for reduction None.
 
     Example:

@@ -14,7 +14,7 @@ class LayerNorm(keras.layers.LayerNormalization):
     Call arguments:
         inputs: ``[B, T, D]``, or this rank's ``[B, T/t, D]``.
 
-    Returns:
+    Call returns:
         Tensor like the input.
     """
 
@@ -37,7 +37,7 @@ class RMSNorm(keras.layers.Layer):
     Call arguments:
         x: ``[B, T, D]``, or this rank's ``[B, T/t, D]``.
 
-    Returns:
+    Call returns:
         Tensor like `x`.
     """
 

@@ -27,8 +27,9 @@ class TensorRegion:
     | whole | no | as it is | as it is |
     | whole | yes | gather, backward own part | own part, backward gather |
 
-    Weights are cut along `tensor`, or whole. f and g are those of Megatron-LM (arXiv 1909.08053), the second row is its sequence-parallel
-    variant (arXiv 2205.05198). Outside a program nothing happens.
+    Weights are cut along `tensor`, or whole. f and g are those of Megatron-LM (arXiv 1909.08053),
+    the second row is its sequence-parallel variant (arXiv 2205.05198). Outside a program nothing
+    happens.
 
     Args:
         weight: a variable of the region whose layout tells whether the region is split.

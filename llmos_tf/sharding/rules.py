@@ -56,7 +56,7 @@ class LayoutRules:
 
         Raises:
             ValueError: the matching rule does not fit the variable.
-        """
+        """  # noqa: DOC502
         if trainable:
             self._paths.append(path)
         pattern = self._pattern_for(path)

@@ -154,7 +154,13 @@ class ShardedVariable(_internal.MirroredVariable):
 
     # --- writing ---------------------------------------------------------------------------------
 
-    def assign(self, value, use_locking=False, name=None, read_value=True):
+    def assign(
+        self,
+        value: Any,
+        use_locking: bool = False,
+        name: str | None = None,
+        read_value: bool = True,
+    ) -> "ShardedVariable":
         """Stores a full tensor, or in a program also a rank's own part.
 
         Args:
@@ -168,7 +174,13 @@ class ShardedVariable(_internal.MirroredVariable):
         """
         return self._write("assign", value)
 
-    def assign_add(self, value, use_locking=False, name=None, read_value=True):
+    def assign_add(
+        self,
+        value: Any,
+        use_locking: bool = False,
+        name: str | None = None,
+        read_value: bool = True,
+    ) -> "ShardedVariable":
         """Adds; arguments as in `assign`.
 
         Args:
@@ -182,7 +194,13 @@ class ShardedVariable(_internal.MirroredVariable):
         """
         return self._write("assign_add", value)
 
-    def assign_sub(self, value, use_locking=False, name=None, read_value=True):
+    def assign_sub(
+        self,
+        value: Any,
+        use_locking: bool = False,
+        name: str | None = None,
+        read_value: bool = True,
+    ) -> "ShardedVariable":
         """Subtracts; arguments as in `assign`.
 
         Args:
@@ -248,7 +266,9 @@ class ShardedVariable(_internal.MirroredVariable):
             "updates with tf.convert_to_tensor."
         )
 
-    def scatter_add(self, sparse_delta, use_locking=False, name=None):
+    def scatter_add(
+        self, sparse_delta: tf.IndexedSlices, use_locking: bool = False, name: str | None = None
+    ) -> "ShardedVariable":
         """Adds `tf.IndexedSlices`, densely.
 
         Args:
@@ -261,7 +281,9 @@ class ShardedVariable(_internal.MirroredVariable):
         """
         return self.assign_add(tf.convert_to_tensor(sparse_delta))
 
-    def scatter_sub(self, sparse_delta, use_locking=False, name=None):
+    def scatter_sub(
+        self, sparse_delta: tf.IndexedSlices, use_locking: bool = False, name: str | None = None
+    ) -> "ShardedVariable":
         """Subtracts `tf.IndexedSlices`, densely.
 
         Args:

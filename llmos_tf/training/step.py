@@ -50,7 +50,8 @@ def make_train_step(
     Returns:
         A `tf.function` of ``(x, y)`` or ``(x, y, sample_weight)``, one by one or as a tuple: global
         batches, or the per-replica ones that a dataset yields after
-        ``strategy.experimental_distribute_dataset``. It returns the loss of the global batch before the update, a scalar.
+        ``strategy.experimental_distribute_dataset``. It returns the loss of the global batch before
+        the update, a scalar.
 
     Raises:
         ValueError: the model has no weights yet, or the optimizer belongs to another strategy.
