@@ -10,19 +10,17 @@ split as in training.
 import json
 from pathlib import Path
 
-import tqdm
-
 from llmos_tf.checkpoint import restore_checkpoint
 from llmos_tf.data import bigram_bits_per_byte, load_text_data
 from llmos_tf.scripts.flags import options_from_flags, refusing_misuse, start
 from llmos_tf.scripts.setup_run import (
     checkpoint_config,
     checkpoint_path,
+    evaluate_with_bar,
     make_model,
     make_strategy,
     sequence_length,
 )
-from llmos_tf.training.evaluation import evaluate
 
 _FLAGS = (
     "checkpoint",
@@ -54,13 +52,7 @@ def main() -> int:
             )
         model = make_model(config, make_strategy(options), options.seed)
         step = restore_checkpoint(path, model, weights_only=True).step
-    with tqdm.tqdm(desc="held-out text", unit="step", leave=False) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        held = evaluate(model, data.heldout, data.heldout_bytes, options.global_batch, progress)
+    held = evaluate_with_bar(model, data, options.global_batch)
     bigram = bigram_bits_per_byte(data.train, data.heldout, data.heldout_bytes)
     result = {
         "checkpoint": str(path),

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import tensorflow as tf
 from absl import app, flags
 
 from llmos_tf.mesh import Mesh
@@ -20,7 +21,12 @@ from llmos_tf.mesh import Mesh
 FLAGS = flags.FLAGS
 
 flags.DEFINE_string("preset", "gpt_tiny", "Model size, a name in llmos_tf.models.PRESETS.")
-flags.DEFINE_string("mesh", "data=2,tensor=2", "Mesh axes, such as data=2,tensor=4; empty for one.")
+flags.DEFINE_string(
+    "mesh",
+    None,
+    "Mesh axes, such as data=2,tensor=4; 1 for one device. By default data over all GPUs; without "
+    "any, data=2,tensor=2 on virtual CPU devices.",
+)
 flags.DEFINE_integer("zero_stage", 0, "ZeRO stage, 0 to 3; 3 needs an fsdp axis.")
 flags.DEFINE_bool("sequence_parallel", False, "Also split positions over the tensor axis.")
 flags.DEFINE_integer("virtual_devices", None, "CPU devices to make; by default what --mesh needs.")
@@ -36,9 +42,11 @@ flags.DEFINE_bool("resume", False, "Go on from the latest checkpoint in --workdi
 flags.DEFINE_integer("save_every", 300, "Steps between checkpoints.")
 flags.DEFINE_integer("seed", 0, "Seed of weights, data order, dropout and sampling.")
 flags.DEFINE_string("json", None, "Also write the results to this file.")
-
-# Flags that every program has.
-_COMMON = ("mesh", "virtual_devices", "seed", "json")
+flags.DEFINE_string("prompt", None, "Text to go on with.")
+flags.DEFINE_integer("max_new_tokens", None, "Tokens to add; by default all positions left.")
+flags.DEFINE_float("temperature", 0.7, "Divides the logits; 0 takes the likeliest token.")
+flags.DEFINE_integer("top_k", None, "Sample among the k likeliest tokens.")
+flags.DEFINE_float("top_p", None, "Sample among the likeliest tokens of this probability together.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +85,14 @@ class RunOptions:
             raise ValueError(f"--learning_rate is above 0. Received: {self.learning_rate}.")
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"--seed is from 0 to {2**31 - 1}. Received: {self.seed}.")
+        for name in ("data", "mesh"):
+            if not getattr(self, name):
+                raise ValueError(f"--{name} is empty. See --help for what it takes.")
+        if self.json and not Path(self.json).absolute().parent.is_dir():
+            raise ValueError(
+                f"--json={self.json}: the folder {Path(self.json).absolute().parent} does not "
+                "exist. Make it first, or name a file in another one."
+            )
         if self.resume and not self.workdir:
             raise ValueError("--resume goes on from a checkpoint in --workdir. Name the folder.")
         if self.parsed_mesh.batch_ways > 1 and self.global_batch % self.parsed_mesh.batch_ways:
@@ -105,7 +121,11 @@ def options_from_flags() -> RunOptions:
     Raises:
         ValueError: flags that do not go together.
     """  # noqa: DOC502
-    return RunOptions(**{name: FLAGS[name].value for name in RunOptions.__dataclass_fields__})
+    values = {name: FLAGS[name].value for name in RunOptions.__dataclass_fields__}
+    if values["mesh"] is None:
+        gpus = len(tf.config.list_physical_devices("GPU"))
+        values["mesh"] = f"data={gpus}" if gpus else "data=2,tensor=2"
+    return RunOptions(**values)
 
 
 def start(main: Callable[[], int | None], used: Sequence[str]) -> None:
@@ -113,14 +133,12 @@ def start(main: Callable[[], int | None], used: Sequence[str]) -> None:
 
     Args:
         main: the program; returns its exit status, None for 0.
-        used: names of the flags it reads, beside those of its own module and the common ones.
+        used: names of the flags it reads.
     """
-    module = inspect.getmodule(main)
-    own = [flag.name for flag in FLAGS.get_key_flags_for_module(module.__name__)]
-    own += [flag.name for flag in FLAGS.get_key_flags_for_module("__main__")]
-    names = [*used, *(name for name in _COMMON if name not in used)]
-    names += [name for name in dict.fromkeys(own) if name in FLAGS and name not in names]
-    app.run(lambda _: main(), flags_parser=lambda argv: _parse(argv, module.__doc__, names))
+    doc = inspect.getmodule(main).__doc__
+    # TensorFlow announces each strategy, and would do so above the program's own first line.
+    tf.get_logger().setLevel("WARNING")
+    app.run(lambda _: main(), flags_parser=lambda argv: _parse(argv, doc, used))
 
 
 @contextlib.contextmanager
@@ -147,7 +165,7 @@ def refuse(message: str) -> None:
     sys.exit(2)
 
 
-def _parse(argv: list[str], doc: str | None, names: list[str]) -> list[str]:
+def _parse(argv: list[str], doc: str | None, names: Sequence[str]) -> list[str]:
     if any(arg in ("--help", "-help", "-h", "--helpfull", "--helpshort") for arg in argv[1:]):
         print(_help(doc or "", names))
         sys.exit(0)
@@ -157,17 +175,14 @@ def _parse(argv: list[str], doc: str | None, names: list[str]) -> list[str]:
         refuse(f"{error}. See --help for the flags.")
     if len(rest) > 1:
         refuse(f"Only flags are taken, as --name=value. Received: {' '.join(rest[1:])!r}.")
-    unused = [
-        name
-        for name in RunOptions.__dataclass_fields__
-        if FLAGS[name].present and name not in names
-    ]
+    ours = FLAGS.get_flags_for_module(__name__)
+    unused = [flag.name for flag in ours if flag.present and flag.name not in names]
     if unused:
         refuse(f"--{unused[0]} is not a flag of this program. See --help for the flags.")
     return rest
 
 
-def _help(doc: str, names: list[str]) -> str:
+def _help(doc: str, names: Sequence[str]) -> str:
     lines = [doc.strip(), "", "Flags:"]
     for name in names:
         flag = FLAGS[name]

@@ -11,7 +11,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-from absl import flags
 
 from llmos_tf.checkpoint import restore_checkpoint
 from llmos_tf.data import load_tokenizer
@@ -23,12 +22,6 @@ from llmos_tf.scripts.setup_run import (
     make_model,
     make_strategy,
 )
-
-flags.DEFINE_string("prompt", None, "Text to go on with.")
-flags.DEFINE_integer("max_new_tokens", None, "Tokens to add; by default all positions left.")
-flags.DEFINE_float("temperature", 0.7, "Divides the logits; 0 takes the likeliest token.")
-flags.DEFINE_integer("top_k", None, "Sample among the k likeliest tokens.")
-flags.DEFINE_float("top_p", None, "Sample among the likeliest tokens of this probability together.")
 
 _FLAGS = (
     "checkpoint",

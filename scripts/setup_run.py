@@ -5,14 +5,18 @@ from pathlib import Path
 
 import keras
 import tensorflow as tf
+import tqdm
 
 from llmos_tf import devices
 from llmos_tf.checkpoint import latest_checkpoint, load_config
 from llmos_tf.config import ModelConfig
+from llmos_tf.data import TextData
 from llmos_tf.models import GPT, Llama, get_preset
 from llmos_tf.models.language_model import LanguageModel
 from llmos_tf.scripts.flags import RunOptions
 from llmos_tf.strategies import MeshStrategy
+from llmos_tf.training.evaluation import HeldOutLoss, evaluate
+from llmos_tf.training.reporting import bar_interval
 
 _MODELS: tuple[type[LanguageModel], ...] = (GPT, Llama)
 
@@ -75,6 +79,28 @@ def preset_config(options: RunOptions) -> ModelConfig:
         ValueError: an unknown preset.
     """  # noqa: DOC502
     return get_preset(options.preset)
+
+
+def evaluate_with_bar(model: LanguageModel, data: TextData, batch_size: int) -> HeldOutLoss:
+    """Computes the loss over the held-out text under a progress bar.
+
+    Args:
+        model: the model.
+        data: its text.
+        batch_size: sequences in a step, over all devices.
+
+    Returns:
+        The loss.
+    """
+    with tqdm.tqdm(
+        desc="held-out text", unit="step", leave=False, mininterval=bar_interval()
+    ) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        return evaluate(model, data.heldout, data.heldout_bytes, batch_size, progress)
 
 
 def checkpoint_path(options: RunOptions) -> Path:
@@ -162,6 +188,8 @@ def new_workdir(options: RunOptions) -> Path:
     if options.workdir is None:
         return Path("llmos_runs") / f"{options.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
     workdir = Path(options.workdir)
+    if workdir.exists() and not workdir.is_dir():
+        raise ValueError(f"--workdir={workdir} is a file. Name a folder, new or of an earlier run.")
     latest = latest_checkpoint(workdir / "checkpoints")
     if latest is not None and not options.resume:
         raise ValueError(

@@ -11,13 +11,14 @@ curves.png and summary.json. Ctrl-C (or SIGTERM) saves and ends; --resume goes o
 """
 
 import json
+import shlex
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
-import tqdm
 
 from llmos_tf.checkpoint import latest_checkpoint, restore_checkpoint, save_checkpoint
 from llmos_tf.data import BatchIterator, TextData, bigram_bits_per_byte, load_text_data
@@ -26,13 +27,14 @@ from llmos_tf.layers import TokenCrossEntropy
 from llmos_tf.models.language_model import LanguageModel
 from llmos_tf.scripts.flags import RunOptions, options_from_flags, refusing_misuse, start
 from llmos_tf.scripts.setup_run import (
+    evaluate_with_bar,
     make_model,
     make_strategy,
     new_workdir,
     preset_config,
     sequence_length,
 )
-from llmos_tf.training.evaluation import HeldOutLoss, evaluate
+from llmos_tf.training.evaluation import HeldOutLoss
 from llmos_tf.training.flops import peak_flops
 from llmos_tf.training.interrupt import GracefulStop
 from llmos_tf.training.reporting import RunReport, draw_curves, read_metrics
@@ -81,12 +83,21 @@ def main() -> int:
     draw_curves(rows, workdir / "curves.png", f"{options.preset} on {options.mesh or 'one device'}")
     if interrupted_at is not None:
         print(
-            f"Stopped after step {interrupted_at}; the checkpoint is saved. Go on with: "
-            f"llmos-train --resume --workdir={workdir} and the same flags."
+            f"Stopped after step {interrupted_at}; the checkpoint is saved. Go on with:\n"
+            f"  {_resume_command(workdir)}"
         )
         return 0
     _finish(training, rows)
     return 0
+
+
+def _resume_command(workdir: Path) -> str:
+    """The command of this run, with what makes it go on."""
+    is_installed = Path(sys.argv[0]).stem == "llmos-train"
+    program = "llmos-train" if is_installed else "python3 -m llmos_tf.scripts.train"
+    given = shlex.join(arg for arg in sys.argv[1:] if arg not in ("--resume", "--noresume"))
+    named = "" if "--workdir" in given else f"--workdir={shlex.quote(str(workdir))}"
+    return " ".join(filter(None, (program, given, named, "--resume")))
 
 
 def _prepare() -> TrainingRun:
@@ -190,15 +201,7 @@ def _save(run: TrainingRun, step: int) -> None:
 
 def _finish(run: TrainingRun, rows: list[dict[str, Any]]) -> None:
     data, options = run.data, run.options
-    with tqdm.tqdm(desc="held-out text", unit="step", leave=False) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        held = evaluate(
-            run.model, data.heldout, data.heldout_bytes, options.global_batch * 4, progress
-        )
+    held = evaluate_with_bar(run.model, data, options.global_batch * 4)
     bigram = bigram_bits_per_byte(data.train, data.heldout, data.heldout_bytes)
     summary = _summary(run, held, bigram, rows)
     for path in filter(None, (run.workdir / "summary.json", options.json)):
