@@ -32,7 +32,7 @@ class MeshStrategy(tf.distribute.MirroredStrategy):
         ...     model = llmos_tf.models.GPT.from_preset("gpt_tiny")
         ...     model.compile("adamw", llmos_tf.layers.TokenCrossEntropy())
         >>> model.fit(dataset)
-    """  # noqa: DOC502
+    """
 
     # `tf.distribute` looks for it on the class of the strategy.
     _collective_key_base = 0
@@ -45,6 +45,10 @@ class MeshStrategy(tf.distribute.MirroredStrategy):
         layout_map: Mapping | None = None,
         sequence_parallel: bool = False,
     ):
+        if not isinstance(mesh, Mesh):
+            raise ValueError(
+                f"MeshStrategy takes an llmos_tf.Mesh, such as Mesh(data=2). Received: {mesh!r}."
+            )
         _check_options(mesh, zero_stage, sequence_parallel)
         extended = MeshExtended(
             self, devices.resolve(mesh), zero_stage, layout_map, sequence_parallel
@@ -64,10 +68,6 @@ class MeshStrategy(tf.distribute.MirroredStrategy):
 
 
 def _check_options(mesh: Mesh, zero_stage: int, sequence_parallel: bool) -> None:
-    if not isinstance(mesh, Mesh):
-        raise ValueError(
-            f"MeshStrategy takes an llmos_tf.Mesh, such as Mesh(data=2). Received: {mesh!r}."
-        )
     if zero_stage not in (0, 1, 2, 3):
         raise ValueError(f"zero_stage is 0, 1, 2 or 3. Received: {zero_stage!r}.")
     if zero_stage in (1, 2) and mesh.axis_size("data") == 1 and mesh.size > 1:
