@@ -108,9 +108,11 @@ class GPT(LanguageModel):
     Call arguments:
         tokens: integers ``[B, T]``.
         training: whether to drop.
+        cache: as for `LanguageModel.decode`, or None.
+        offset: as for `LanguageModel.decode`.
 
     Call returns:
-        Logits ``[B, T, V]``.
+        Logits ``[B, T, V]``; with a cache, (these, the new cache).
 
     Example:
         >>> model = GPT(GPTConfig(vocab_size=256, max_positions=64, hidden_size=32, num_heads=4,
@@ -151,29 +153,14 @@ class GPT(LanguageModel):
             block.build()
         self.final_norm.build((None, None, self.config.hidden_size))
 
-    def call(self, tokens: tf.Tensor, training: bool | None = None) -> tf.Tensor:
-        x = self.position_embedding(self.token_embedding(tokens))
-        x = self.dropout(x, training=training)
-        for block in self.blocks:
-            x = block(x, training=training)
-        return self.token_embedding.logits(self.final_norm(x))
-
-    def decode(
-        self, tokens: tf.Tensor, cache: tf.Tensor, offset: tf.Tensor
-    ) -> tuple[tf.Tensor, tf.Tensor]:
-        """Scores tokens that follow those in the cache; see `LanguageModel.decode`.
-
-        Args:
-            tokens: ``[B, T]``.
-            cache: key-value cache.
-            offset: number of positions already in it.
-
-        Returns:
-            Logits ``[B, T, V]`` and the new cache.
-        """
+    def call(
+        self,
+        tokens: tf.Tensor,
+        training: bool | None = None,
+        cache: tf.Tensor | None = None,
+        offset: int | tf.Tensor = 0,
+    ) -> Any:
         x = self.position_embedding(self.token_embedding(tokens), offset=offset)
-        caches = []
-        for block, block_cache in zip(self.blocks, tf.unstack(cache), strict=True):
-            x, block_cache = block(x, cache=block_cache, offset=offset)
-            caches.append(block_cache)
-        return self.token_embedding.logits(self.final_norm(x)), tf.stack(caches)
+        x, cache = self.run_blocks(self.dropout(x, training=training), training, cache, offset)
+        logits = self.token_embedding.logits(self.final_norm(x))
+        return logits if cache is None else (logits, cache)

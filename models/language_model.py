@@ -26,9 +26,11 @@ class LanguageModel(keras.Model):
     Call arguments:
         tokens: integers ``[B, T]``, T <= max_positions.
         training: whether to drop.
+        cache: keys and values of earlier positions, as for `decode`, or None.
+        offset: number of positions in the cache.
 
     Call returns:
-        Logits ``[B, T, V]``.
+        Logits ``[B, T, V]``; with a cache, (these, the new cache).
 
     Raises:
         ValueError: a configuration of another architecture.
@@ -93,7 +95,7 @@ class LanguageModel(keras.Model):
         raise NotImplementedError
 
     def decode(
-        self, tokens: tf.Tensor, cache: tf.Tensor, offset: tf.Tensor
+        self, tokens: tf.Tensor, cache: tf.Tensor, offset: int | tf.Tensor
     ) -> tuple[tf.Tensor, tf.Tensor]:
         """Scores tokens that follow those in the cache.
 
@@ -104,11 +106,37 @@ class LanguageModel(keras.Model):
 
         Returns:
             Logits ``[B, T, V]`` and the cache with the T positions written.
-
-        Raises:
-            NotImplementedError: the architecture does not say how.
         """
-        raise NotImplementedError
+        # Through Keras's __call__, which casts weights to the compute dtype of the policy.
+        return self(tokens, training=False, cache=cache, offset=offset)
+
+    def run_blocks(
+        self,
+        x_BTD: tf.Tensor,
+        training: bool | None,
+        cache: tf.Tensor | None,
+        offset: int | tf.Tensor,
+    ) -> tuple[tf.Tensor, tf.Tensor | None]:
+        """Runs the blocks one after another.
+
+        Args:
+            x_BTD: the residual stream.
+            training: whether to drop.
+            cache: as for `decode`, or None.
+            offset: as for `decode`.
+
+        Returns:
+            The residual stream after the last block, and the new cache, if there is one.
+        """
+        if cache is None:
+            for block in self.blocks:
+                x_BTD = block(x_BTD, training=training)
+            return x_BTD, None
+        caches = []
+        for block, block_cache in zip(self.blocks, tf.unstack(cache), strict=True):
+            x_BTD, block_cache = block(x_BTD, training=training, cache=block_cache, offset=offset)
+            caches.append(block_cache)
+        return x_BTD, tf.stack(caches)
 
     def new_cache(self, rows: int | tf.Tensor, length: int | tf.Tensor) -> tf.Tensor:
         """Returns an empty key-value cache for this rank.

@@ -96,9 +96,11 @@ class Llama(LanguageModel):
     Call arguments:
         tokens: integers ``[B, T]``.
         training: whether to drop.
+        cache: as for `LanguageModel.decode`, or None.
+        offset: as for `LanguageModel.decode`.
 
     Call returns:
-        Logits ``[B, T, V]``.
+        Logits ``[B, T, V]``; with a cache, (these, the new cache).
     """
 
     config_class = LlamaConfig
@@ -138,28 +140,14 @@ class Llama(LanguageModel):
             block.build()
         self.final_norm.build((None, None, self.config.hidden_size))
 
-    def call(self, tokens: tf.Tensor, training: bool | None = None) -> tf.Tensor:
+    def call(
+        self,
+        tokens: tf.Tensor,
+        training: bool | None = None,
+        cache: tf.Tensor | None = None,
+        offset: int | tf.Tensor = 0,
+    ) -> Any:
         x = self.dropout(self.token_embedding(tokens), training=training)
-        for block in self.blocks:
-            x = block(x, training=training)
-        return self.output_embedding.logits(self.final_norm(x))
-
-    def decode(
-        self, tokens: tf.Tensor, cache: tf.Tensor, offset: tf.Tensor
-    ) -> tuple[tf.Tensor, tf.Tensor]:
-        """Scores tokens that follow those in the cache; see `LanguageModel.decode`.
-
-        Args:
-            tokens: ``[B, T]``.
-            cache: key-value cache.
-            offset: number of positions already in it.
-
-        Returns:
-            Logits ``[B, T, V]`` and the new cache.
-        """
-        x = self.token_embedding(tokens)
-        caches = []
-        for block, block_cache in zip(self.blocks, tf.unstack(cache), strict=True):
-            x, block_cache = block(x, cache=block_cache, offset=offset)
-            caches.append(block_cache)
-        return self.output_embedding.logits(self.final_norm(x)), tf.stack(caches)
+        x, cache = self.run_blocks(x, training, cache, offset)
+        logits = self.output_embedding.logits(self.final_norm(x))
+        return logits if cache is None else (logits, cache)

@@ -240,12 +240,22 @@ def _show_sample(run: TrainingRun) -> None:
     """Prints how the model goes on from the beginning of the held-out text."""
     length = run.data.heldout.sequence_length
     prompt = np.asarray(run.data.heldout.inputs[:1, : length // 2])
-    tokens = generate(
-        run.model,
-        prompt,
-        max_new_tokens=length - prompt.shape[1],
-        sampling=SamplingConfig(temperature=0.7, top_k=40, seed=run.options.seed),
-    )
+    try:
+        tokens = generate(
+            run.model,
+            prompt,
+            max_new_tokens=length - prompt.shape[1],
+            sampling=SamplingConfig(
+                temperature=0.7,
+                top_k=40,
+                seed=run.options.seed,
+                vocab_size=run.data.tokenizer.vocab_size,
+            ),
+        )
+    except FloatingPointError as error:
+        # The run has diverged; everything it left is there to find out why.
+        print(f"There is no sample: {error}")
+        return
     decode = run.data.tokenizer.decode
     print(f"Prompt, from the held-out text:\n{decode(prompt[0])}\n")
     print(f"Continuation:\n{decode(tokens[0, prompt.shape[1] :])}")

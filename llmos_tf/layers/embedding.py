@@ -62,7 +62,7 @@ class TokenEmbedding(keras.layers.Layer):
         table_VD = local_slice(self.table)
         if not _is_cut_by_rows(self.table):
             return region.leave(_look_up(table_VD, tokens))
-        local = tokens - collectives.axis_index(AXIS) * table_VD.shape[0]
+        local = tf.cast(tokens, tf.int32) - collectives.axis_index(AXIS) * table_VD.shape[0]
         held = (local >= 0) & (local < table_VD.shape[0])
         x_BTD = _look_up(table_VD, tf.where(held, local, 0))
         return region.leave(tf.where(held[..., tf.newaxis], x_BTD, tf.zeros((), x_BTD.dtype)))

@@ -29,6 +29,7 @@ RANKS = {
     "llmos_tf.strategies.schedules": 1,  # plain data, read by the executor and by planning
     "llmos_tf.program": 2,
     "llmos_tf.collectives": 2,
+    "llmos_tf.batch": 2,
     "llmos_tf.sharding": 2,
     "llmos_tf.memory": 3,
     "llmos_tf.strategies": 3,
