@@ -32,6 +32,7 @@ from tensorflow.python.distribute import (
 from tensorflow.python.distribute.mirrored_strategy import MirroredExtended
 from tensorflow.python.distribute.values import (
     MirroredVariable,
+    PerReplicaSpec,
     SyncOnReadVariable,
 )
 
@@ -43,6 +44,12 @@ from tensorflow.python.eager import context as eager_context
 # must not be recorded by it.
 from tensorflow.python.eager.record import stop_recording
 
+# Which captured resources a function only reads: what it writes orders the calls of it.
+from tensorflow.python.framework.auto_control_deps_utils import (
+    get_read_only_resource_input_indices_graph,
+    register_read_only_resource_op,
+)
+
 # `tf.type_spec_from_value` is public; the base class of a user-defined CompositeTensor is not.
 from tensorflow.python.framework.composite_tensor import CompositeTensor
 from tensorflow.python.types.distribute import (
@@ -53,11 +60,12 @@ from tensorflow.python.types.distribute import (
 __all__ = [
     "BaseOptimizer",
     "CompositeTensor",
-    "DistributedDatasetInterface",
+    "DistributedDataset",
     "DistributedIteratorInterface",
     "LossScaleOptimizer",
     "MirroredExtended",
     "MirroredVariable",
+    "PerReplicaSpec",
     "ReplicaContext",
     "ServerDef",
     "SyncOnReadVariable",
@@ -67,6 +75,8 @@ __all__ = [
     "captured_container",
     "current_path",
     "eager_context",
+    "in_synced_reads",
+    "is_keras_step",
     "keras_loss",
     "patched",
     "regroup",
@@ -74,7 +84,15 @@ __all__ = [
     "select_replica",
     "stop_recording",
     "synced_reads",
+    "written_captures",
 ]
+
+# `fit` knows a distributed dataset by the name and the module of one of its base classes.
+DistributedDataset = type(
+    "DistributedDataset",
+    (DistributedDatasetInterface,),
+    {"__module__": "tensorflow.python.distribute.input_lib"},
+)
 
 ReplicaContext = distribute_lib.ReplicaContext
 regroup = distribute_utils.regroup
@@ -82,6 +100,7 @@ select_replica = distribute_utils.select_replica
 
 # Reads of metric variables in a replica are summed over replicas while this is entered.
 synced_reads = distribute_lib.variable_sync_on_read_context
+in_synced_reads = distribute_lib.in_variable_sync_on_read_context
 
 # TensorFlow identifies a group of collective ops by an integer that is global to the process, and
 # a cluster needs the same integers in the same order everywhere. Every strategy takes a block of
@@ -94,10 +113,38 @@ def reserve_collective_keys() -> int:
     return next(_COLLECTIVE_KEY_BLOCKS)
 
 
+def is_keras_step(fn: Any) -> bool:
+    """Returns whether a function is a model's own step, which `fit` and the like run.
+
+    Keras gives it the rows of a replica, but in `train_on_batch` and the like the global batch.
+    """
+    while hasattr(fn, "__wrapped__"):
+        fn = fn.__wrapped__
+    if isinstance(getattr(fn, "__self__", None), Trainer):
+        return fn.__name__ in ("train_step", "test_step")
+    name = getattr(fn, "__qualname__", "")
+    return name == "TensorFlowTrainer.make_predict_function.<locals>.one_step_on_data"
+
+
 def captured_container(tensor: Any) -> Any:
     """Returns the distributed variable whose component's handle `tensor` is, or None."""
     reference = getattr(tensor, "_distributed_container", None)
     return None if reference is None else reference()
+
+
+# A look-up changes no table, so the devices need not take turns in it.
+register_read_only_resource_op("LookupTableFindV2")
+
+
+def written_captures(concrete: Any) -> list[Any]:
+    """Returns those captured resources of a concrete function that it does not only read."""
+    read_only = set(get_read_only_resource_input_indices_graph(concrete.graph))
+    first = len(concrete.graph.inputs) - len(concrete.captured_inputs)
+    return [
+        tensor
+        for i, tensor in enumerate(concrete.captured_inputs, first)
+        if tensor.dtype.name == "resource" and i not in read_only
+    ]
 
 
 def call_with_captures(concrete: Any, inputs: list[Any], captures: list[Any]) -> Any:

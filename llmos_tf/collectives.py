@@ -364,7 +364,7 @@ class _Group:
         bits = tf.bitcast(front, tf.float16) if x.dtype == tf.bfloat16 else front
         sent = _one_length(bits)
         y = tf.raw_ops.CollectiveGatherV2(input=sent, **self._arguments(sent))
-        y = _unfold(y, bits, times=self.size)
+        y = self._in_mesh_order(_unfold(y, bits, times=self.size))
         return _move_dim(y if y.dtype == x.dtype else tf.bitcast(y, x.dtype), 0, dim)
 
     def exchange(self, x: tf.Tensor, split_dim: int, concat_dim: int) -> tf.Tensor:
@@ -373,9 +373,9 @@ class _Group:
 
     def swap(self, parts: tf.Tensor) -> tf.Tensor:
         """[group, ...] to [group, ...]: part j goes to rank j."""
-        sent = _one_length(parts, self.size)
+        sent = _one_length(self._in_transport_order(parts), self.size)
         y = tf.raw_ops.CollectiveAllToAllV2(input=sent, **self._arguments(sent))
-        return _unfold(y, parts)
+        return self._in_mesh_order(_unfold(y, parts))
 
     def stack_parts(self, x: tf.Tensor, dim: int) -> tf.Tensor:
         return tf.stack(tf.split(x, self.size, dim))
@@ -383,7 +383,7 @@ class _Group:
     def reduce_scatter(self, x: tf.Tensor, dim: int) -> tf.Tensor:
         if self._program.communication == "nccl":
             front = _move_dim(x, dim, 0)
-            sent = _one_length(front)
+            sent = _one_length(self._in_transport_order(front))
             y = tf.raw_ops.CollectiveReduceScatterV2(
                 input=sent, merge_op="Add", final_op="Id", **self._arguments(sent)
             )
@@ -412,7 +412,18 @@ class _Group:
         y = tf.slice(x, tf.stack(begin), tf.stack(size))
         return _with_shape(y, _scaled(x.shape, dim, 1 / self.size))
 
+    def _in_mesh_order(self, x: tf.Tensor) -> tf.Tensor:
+        """The members' equal parts along dimension 0, laid as the mesh has the members."""
+        places = self._program.member_places(self.axes)
+        return x if places is None else _reordered(x, places)
+
+    def _in_transport_order(self, x: tf.Tensor) -> tf.Tensor:
+        """The same parts, laid as TensorFlow has the members."""
+        places = self._program.member_places(self.axes)
+        return x if places is None else _reordered(x, tf.math.invert_permutation(places))
+
     def _arguments(self, x: tf.Tensor) -> dict:
+        self._program.communicates = True
         return {
             "group_size": self.size,
             "group_key": self._program.group_key(self.axes),
@@ -440,6 +451,13 @@ def _move_dim(x: tf.Tensor, source: int, target: int) -> tf.Tensor:
     order = [dim for dim in range(x.shape.rank) if dim != source]
     order.insert(target, source)
     return tf.transpose(x, order)
+
+
+def _reordered(x: tf.Tensor, order: tf.Tensor) -> tf.Tensor:
+    """Equal parts of `x` along dimension 0 in another order."""
+    count, lengths = order.shape[0], tf.shape(x)
+    parts = tf.reshape(x, tf.concat([[count, lengths[0] // count], lengths[1:]], 0))
+    return _with_shape(tf.reshape(tf.gather(parts, order), lengths), x.shape)
 
 
 def _one_length(x: tf.Tensor, rows: int | None = None) -> tf.Tensor:

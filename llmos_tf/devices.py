@@ -68,7 +68,7 @@ def resolve(mesh: Mesh) -> Mesh:
             f"llmos_tf.devices.configure_virtual_cpus({mesh.size}), --virtual_devices={mesh.size} "
             "for the scripts."
         )
-    return mesh.with_devices(visible[: mesh.size])
+    return mesh.with_devices([_full_name(device) for device in visible[: mesh.size]])
 
 
 def is_local(device: str) -> bool:
@@ -80,9 +80,21 @@ def is_local(device: str) -> bool:
     Returns:
         False for the devices of other processes of a cluster.
     """
-    here = tf.DeviceSpec.from_string(tf.config.list_logical_devices("CPU")[0].name)
+    here = _this_process()
+    return process_of(device) == (here.job, here.task)
+
+
+def process_of(device: str) -> tuple[str, int]:
+    """Returns the process that a device belongs to.
+
+    Args:
+        device: full device name.
+
+    Returns:
+        Its job and task.
+    """
     spec = tf.DeviceSpec.from_string(device)
-    return (spec.job, spec.task) == (here.job, here.task)
+    return spec.job, spec.task
 
 
 def connect_workers(cluster: Mapping[str, Sequence[str]], task: int) -> None:
@@ -120,15 +132,23 @@ def connect_workers(cluster: Mapping[str, Sequence[str]], task: int) -> None:
     context.ensure_initialized()
 
 
+def _this_process() -> tf.DeviceSpec:
+    """The name that the devices of this process have in common."""
+    spec = tf.DeviceSpec.from_string(tf.config.list_logical_devices("CPU")[0].name)
+    # Outside a cluster TensorFlow lists devices without it, and shows them in variables with it.
+    return tf.DeviceSpec(job=spec.job or "localhost", replica=0, task=spec.task or 0)
+
+
 def _full_name(device: str) -> str:
     """CPU:1 or /cpu:1 to /job:.../device:CPU:1."""
-    text = device if device.startswith("/") else f"/device:{device}"
-    here = tf.DeviceSpec.from_string(tf.config.list_logical_devices("CPU")[0].name)
-    spec = here.replace(device_type=None, device_index=None).make_merged_spec(
-        tf.DeviceSpec.from_string(text)
-    )
-    known = {d.name for d in tf.config.list_logical_devices()}
-    name = spec.to_string()
+    here = _this_process()
+
+    def full(name: str) -> str:
+        text = name if name.startswith("/") else f"/device:{name}"
+        return here.make_merged_spec(tf.DeviceSpec.from_string(text)).to_string()
+
+    known = {full(d.name) for d in tf.config.list_logical_devices()}
+    name = full(device)
     if is_local(name) and name not in known:
         raise ValueError(
             f"There is no device {device!r}. The visible devices are: {', '.join(sorted(known))}."

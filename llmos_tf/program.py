@@ -6,10 +6,11 @@ collectives their group keys, and remembers the decisions that hold for this one
 """
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from llmos_tf import _internal
@@ -113,6 +114,8 @@ class ReplicaProgram(_internal.ReplicaContext):
         self.in_update = False
         self.update_parts = False
         self.gradients_synced = False
+        # Whether the program has a collective.
+        self.communicates = False
         # Whether an output layer may leave its logits cut by vocabulary, and along which axis the
         # last one did.
         self.sharded_logits = False
@@ -124,9 +127,14 @@ class ReplicaProgram(_internal.ReplicaContext):
         self.read_gradients: dict[int, list[tf.IndexedSlices | None]] = {}
         # Variables whose gradient each rank of these axes holds only a part of, by `id`.
         self.partial_gradients: dict[int, tuple[str, ...]] = {}
+        # How many rows of the batch are this rank's own, int32 scalar; None where every rank has
+        # as many. See `llmos_tf.batch`.
+        self.rows: tf.Tensor | None = None
+        # Statistics that each rank has updated by its own rows, to be averaged at the end, by `id`.
+        self.statistics: dict[int, Any] = {}
         self._coordinate = coordinate
         self._graph = tf.compat.v1.get_default_graph()
-        self._cache: dict[tuple, tf.Tensor] = {}
+        self._cache: dict[Any, tf.Tensor | None] = {}
 
     @property
     def replica_id_in_sync_group(self) -> tf.Tensor:
@@ -160,19 +168,57 @@ class ReplicaProgram(_internal.ReplicaContext):
         """
         return self._dot(*self.keys.group_strides(axes))
 
+    def member_places(self, axes: tuple[str, ...]) -> tf.Tensor | None:
+        """Returns where TensorFlow has the members of this rank's group along `axes`.
+
+        It orders a group's members by the names of their devices. Which order the mesh has is the
+        user's choice: devices that share a fast link may be apart in name.
+
+        Args:
+            axes: canonical axis names.
+
+        Returns:
+            int32 ``[group]``, for each member in mesh order its place; None where the orders agree.
+        """
+        key = ("places", *axes)
+        if key not in self._cache:
+            table = _places(self.mesh, axes)
+            if (table == range(table.shape[1])).all():
+                self._cache[key] = None
+            else:
+                rank = self.axis_index(AXES)
+                with self._graph.as_default(), tf.control_dependencies(None):
+                    self._cache[key] = tf.gather(tf.constant(table), rank)
+        return self._cache[key]
+
+    def once(self, key: Any, compute: Callable[[], tf.Tensor]) -> tf.Tensor:
+        """Returns what `compute` returns, computed once per program, in its outermost graph.
+
+        The bodies of loops and conditions may capture from that graph, but not from each other.
+
+        Args:
+            key: names the result.
+            compute: makes it of the program's inputs.
+
+        Returns:
+            The tensor.
+        """
+        if key not in self._cache:
+            with self._graph.as_default(), tf.control_dependencies(None):
+                self._cache[key] = compute()
+        return self._cache[key]
+
     def _dot(self, base: int, strides: list[int]) -> tf.Tensor:
         """base + coordinate · strides, once per program, in its outermost graph."""
-        key = (base, *strides)
-        if key not in self._cache:
-            # The outermost graph, because the bodies of loops and conditions may capture from it
-            # but not from each other.
-            with self._graph.as_default(), tf.control_dependencies(None):
-                value = tf.constant(base, tf.int32)
-                for position, stride in enumerate(strides):
-                    if stride and self.mesh.axis_size(AXES[position]) > 1:
-                        value += self._coordinate[position] * stride
-                self._cache[key] = value
-        return self._cache[key]
+
+        def compute():
+            value = tf.constant(base, tf.int32)
+            for position, stride in enumerate(strides):
+                if stride and self.mesh.axis_size(AXES[position]) > 1:
+                    value += self._coordinate[position] * stride
+            return value
+
+        return self.once((base, *strides), compute)
 
     @contextmanager
     def having(self, **state: Any) -> Iterator[None]:
@@ -188,13 +234,38 @@ class ReplicaProgram(_internal.ReplicaContext):
         finally:
             self.__dict__.update(before)
 
+    def all_gather(self, value: Any, axis: int, options: Any = None) -> Any:
+        """Concatenates the replicas' values; `tf.distribute.ReplicaContext.all_gather`.
+
+        Args:
+            value: nested tensors; the replicas' may differ in the length along `axis`.
+            axis: dimension along which to concatenate.
+            options: not needed.
+
+        Returns:
+            The same structure, the same on every rank.
+        """
+        del options
+        return self.strategy.extended.replica_ctx_all_gather(value, axis)
+
     def _merge_call(self, merge_fn: Any, args: Any, kwargs: Any) -> Any:
         name = getattr(merge_fn, "__name__", repr(merge_fn))
         raise RuntimeError(
             f"merge_call({name}) was called in a replica. A mesh strategy traces one program for "
             "all devices, so there is no cross-replica code inside it; use "
-            "tf.distribute.get_replica_context().all_reduce or llmos_tf.collectives instead."
+            "all_reduce and all_gather of tf.distribute.get_replica_context(), or "
+            "llmos_tf.collectives, instead."
         )
+
+
+def _places(mesh: Mesh, axes: tuple[str, ...]) -> np.ndarray:
+    """For each rank, the places of its group's members in the order of their devices' names."""
+    table = np.zeros((mesh.size, mesh.axis_size(axes)), np.int32)
+    for group in mesh.groups(axes):
+        names = [tf.DeviceSpec.from_string(mesh.devices[rank]) for rank in group]
+        keys = [(d.job, d.replica, d.task, d.device_type, d.device_index) for d in names]
+        table[list(group)] = [sorted(keys).index(key) for key in keys]
+    return table
 
 
 def current_program() -> ReplicaProgram | None:

@@ -15,18 +15,20 @@ Glossary:
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
+from typing import Any
 
 import tensorflow as tf
 
-from llmos_tf import _internal, collectives, devices
+from llmos_tf import _internal, batch, collectives, devices
 from llmos_tf.mesh import BATCH_AXES, Mesh
 from llmos_tf.program import CollectiveKeys, current_program, require_program
 from llmos_tf.sharding import Layout, LayoutRules, MetricVariable, SeedVariable, ShardedVariable
+from llmos_tf.strategies import reductions
 from llmos_tf.strategies.engine import Engine
-from llmos_tf.strategies.input import MeshDataset
-from llmos_tf.strategies.keras_hooks import replica_hooks
+from llmos_tf.strategies.input import deal_dataset, split_batch, split_dataset
+from llmos_tf.strategies.keras_hooks import hook_compile, replica_hooks
 
 
 class MeshExtended(_internal.MirroredExtended):
@@ -57,19 +59,22 @@ class MeshExtended(_internal.MirroredExtended):
         )
         local = [mesh.devices[rank] for rank in self.local_ranks]
         super().__init__(strategy, local, tf.distribute.ReductionToOneDevice())
+        hook_compile()
         self.communication = _communication(local)
         self.collective_keys = CollectiveKeys(mesh)
         self.engine = Engine(self)
-        batch_parts = sorted({mesh.index_along(rank, BATCH_AXES) for rank in self.local_ranks})
-        self._batch_parts = batch_parts
-        # Positions, among the local ranks, of one rank for each part of the batch.
+        # Whether other processes hold some of the ranks.
+        self.spans_processes = len(self.local_ranks) < mesh.size
+        # The parts of the batch that this process works on.
+        self.local_batch_parts = self._batch_parts_of(self.local_ranks)
+        # Positions, among the local ranks, of one rank for each of them.
         self.batch_representatives = tuple(
             next(
                 position
                 for position, rank in enumerate(self.local_ranks)
                 if mesh.index_along(rank, BATCH_AXES) == part
             )
-            for part in batch_parts
+            for part in self.local_batch_parts
         )
         self.tokens = self._make_tokens()
 
@@ -100,12 +105,32 @@ class MeshExtended(_internal.MirroredExtended):
         Returns:
             Index into the values of a `PerReplica`.
         """
-        return self._batch_parts.index(self.mesh.index_along(rank, BATCH_AXES))
+        return self.local_batch_parts.index(self.mesh.index_along(rank, BATCH_AXES))
+
+    def _batch_parts_of(self, ranks: Iterable[int]) -> tuple[int, ...]:
+        return tuple(sorted({self.mesh.index_along(rank, BATCH_AXES) for rank in ranks}))
+
+    def in_one_process(self, axes: Iterable[str]) -> bool:
+        """Returns whether no group along `axes` has ranks of two processes.
+
+        Args:
+            axes: axis names.
+
+        Returns:
+            True where a process that has one rank of a group has them all.
+        """
+        if not self.spans_processes:
+            return True
+        process = [devices.process_of(device) for device in self.mesh.devices]
+        groups = self.mesh.groups(axes)
+        return all(len({process[rank] for rank in group}) == 1 for group in groups)
 
     # --- running ---------------------------------------------------------------------------------
 
     def _call_for_each_replica(self, fn, args, kwargs):
         self.layout_rules.check_all_used()
+        if _internal.is_keras_step(fn):
+            args = split_batch(args, self._container_strategy())
         return self.engine.run(fn, args, kwargs)
 
     def replica_hooks(self) -> AbstractContextManager:
@@ -123,8 +148,13 @@ class MeshExtended(_internal.MirroredExtended):
         mean = reduce_op == tf.distribute.ReduceOp.MEAN
 
         def one(x):
-            y = collectives.all_reduce(tf.convert_to_tensor(x), BATCH_AXES)
-            return y / tf.cast(self._num_replicas_in_sync, y.dtype) if mean else y
+            x = batch.counted(tf.convert_to_tensor(x))
+            total = collectives.all_reduce(x, BATCH_AXES)
+            if not mean:
+                return total
+            # Replicas without rows do not count.
+            count = batch.counted(tf.ones([], x.dtype))
+            return total / collectives.all_reduce(count, BATCH_AXES)
 
         return tf.nest.map_structure(one, value)
 
@@ -136,19 +166,45 @@ class MeshExtended(_internal.MirroredExtended):
                 return fn(var, *args, **kwargs)
         return fn(var, *args, **kwargs)
 
+    def replica_ctx_all_gather(self, value: Any, axis: int) -> Any:
+        """Concatenates the replicas' values in a program.
+
+        Args:
+            value: nested tensors.
+            axis: dimension along which to concatenate.
+
+        Returns:
+            The same structure.
+        """
+        return tf.nest.map_structure(lambda x: reductions.all_gather(x, axis), value)
+
     def _reduce_to(self, reduce_op, value, destinations, options):
         del destinations, options
         mean = reduce_op == tf.distribute.ReduceOp.MEAN
 
         def one(x):
-            parts = x.values if isinstance(x, tf.distribute.DistributedValues) else (x,)
-            if len(parts) == 1:
+            if self.spans_processes:
+                return reductions.reduce_everywhere(self, x, mean)
+            if not isinstance(x, tf.distribute.DistributedValues):
                 # One value for all replicas: its mean is itself.
-                return parts[0] if mean else parts[0] * self._num_replicas_in_sync
-            tensors = [tf.convert_to_tensor(part) for part in parts]
-            return _mean_of_parts(tensors) if mean else tf.add_n(_aligned(tensors))
+                return x if mean else x * self._num_replicas_in_sync
+            parts = reductions.values_of(x)
+            total = tf.add_n(reductions.aligned(parts))
+            if not mean:
+                return total
+            # Where an uneven batch gives some replicas more rows, over those that have a row.
+            count = tf.add_n(reductions.aligned([tf.ones_like(part) for part in parts]))
+            return reductions.mean_of_parts(total, count)
 
         return tf.nest.map_structure(one, value)
+
+    def _batch_reduce_to(self, reduce_op, value_destination_pairs, options):
+        return [self._reduce_to(reduce_op, v, d, options) for v, d in value_destination_pairs]
+
+    def _gather_to_implementation(self, value, destinations, axis, options):
+        if self.spans_processes:
+            return reductions.gather_everywhere(self, value, axis)
+        return super()._gather_to_implementation(value, destinations, axis, options)
 
     def _update(self, var, fn, args, kwargs, group):
         # Outside a program a variable reads and takes full values, so `fn` runs once on the whole
@@ -160,7 +216,28 @@ class MeshExtended(_internal.MirroredExtended):
 
     def _experimental_distribute_dataset(self, dataset, options):
         del options
-        return MeshDataset(dataset, self)
+        return split_dataset(dataset, self.mesh.batch_ways, self.local_batch_parts)
+
+    def _distribute_datasets_from_function(self, dataset_fn, options):
+        del options
+        # One pipeline for each set of parts: processes that differ only on other axes than those
+        # of the batch get the same rows.
+        ranks: dict[tuple, list[int]] = {}
+        for rank, device in enumerate(self.mesh.devices):
+            ranks.setdefault(devices.process_of(device), []).append(rank)
+        pipelines = sorted({self._batch_parts_of(members) for members in ranks.values()})
+        context = tf.distribute.InputContext(
+            num_input_pipelines=len(pipelines),
+            input_pipeline_id=pipelines.index(self.local_batch_parts),
+            num_replicas_in_sync=self._num_replicas_in_sync,
+        )
+        ways = len(self.local_batch_parts)
+        return deal_dataset(dataset_fn(context), ways, is_split=self.mesh.batch_ways > 1)
+
+    def _experimental_distribute_values_from_function(self, value_fn):
+        context = tf.distribute.experimental.ValueContext
+        values = [value_fn(context(i, self._num_replicas_in_sync)) for i in self.local_batch_parts]
+        return _internal.regroup(tuple(values), always_wrap=True)
 
     # --- variables -------------------------------------------------------------------------------
 
@@ -208,14 +285,18 @@ class MeshExtended(_internal.MirroredExtended):
     def _create_components(self, next_creator, name, kwargs, initial, layout):
         kwargs = {**kwargs, "shape": None, "aggregation": tf.VariableAggregation.NONE}
         kwargs["synchronization"] = tf.VariableSynchronization.AUTO
+        # An optimizer may be built while a program is traced. TensorFlow would put an initializer
+        # for each rank's variable into the one program.
+        kwargs["experimental_enable_variable_lifting"] = False
         components = []
-        for rank, device in zip(self.local_ranks, self._devices, strict=True):
+        for position, device in enumerate(self._devices):
+            rank = self.local_ranks[position]
             with tf.init_scope(), _internal.stop_recording():
                 with tf.device("CPU:0"):
                     part = layout.part_of(initial, self.mesh, rank)
                 with tf.device(device):
                     kwargs["initial_value"] = part
-                    kwargs["name"] = name if rank == 0 else f"{name}/rank_{rank}/"
+                    kwargs["name"] = name if position == 0 else f"{name}/rank_{rank}/"
                     components.append(next_creator(**kwargs))
         return components
 
@@ -224,27 +305,6 @@ class MeshExtended(_internal.MirroredExtended):
         layout = Layout((None,) * initial.shape.rank)
         components = self._create_components(next_creator, name, kwargs, initial, layout)
         return MetricVariable(self._container_strategy(), components, kwargs["aggregation"])
-
-
-def _mean_of_parts(parts: list[tf.Tensor]) -> tf.Tensor:
-    """Mean over replicas; where an uneven batch gives some more rows, over those that have a row.
-
-    Whole numbers stay whole: Keras builds models on the mean of a batch of tokens.
-    """
-    total = tf.add_n(_aligned(parts))
-    count = tf.add_n(_aligned([tf.ones_like(part) for part in parts]))
-    return total // count if total.dtype.is_integer else total / count
-
-
-def _aligned(parts: list[tf.Tensor]) -> list[tf.Tensor]:
-    """The parts, filled up with rows of zeros to the longest."""
-    if len({tuple(part.shape.as_list()) for part in parts}) == 1:
-        return parts
-    longest = tf.reduce_max([tf.shape(part)[0] for part in parts])
-    return [
-        tf.pad(part, [[0, longest - tf.shape(part)[0]], *[[0, 0]] * (part.shape.rank - 1)])
-        for part in parts
-    ]
 
 
 def _initial_value(kwargs: dict) -> tf.Tensor:

@@ -10,8 +10,13 @@ from typing import Any
 
 import tensorflow as tf
 
-from llmos_tf import _internal
+from llmos_tf import _internal, batch
 from llmos_tf.program import ReplicaProgram
+from llmos_tf.sharding.variables import average_statistics, check_owner
+
+# Functions that were called eagerly, for each strategy. A function that is made anew for each call,
+# as `strategy.reduce(..., axis=0)` does, must not be kept, with all that it refers to, for ever.
+MAX_EAGER_FUNCTIONS = 64
 
 
 class Engine:
@@ -41,11 +46,16 @@ class Engine:
             return self._run_in_graph(fn, args, kwargs)
         # Eagerly, one device's collective would wait for devices that were not yet called.
         key = getattr(fn, "__wrapped__", fn)
-        if key not in self._eager_functions:
-            self._eager_functions[key] = tf.function(
+        function = self._eager_functions.pop(key, None)
+        if function is None:
+            function = tf.function(
                 lambda args, kwargs: self._run_in_graph(fn, args, kwargs), autograph=False
             )
-        return self._eager_functions[key](args, kwargs)
+        # Last in, so that the first is the one that was not used for longest.
+        self._eager_functions[key] = function
+        if len(self._eager_functions) > MAX_EAGER_FUNCTIONS:
+            del self._eager_functions[next(iter(self._eager_functions))]
+        return function(args, kwargs)
 
     def _run_in_graph(self, fn: Callable, args: tuple, kwargs: dict) -> Any:
         extended = self._extended
@@ -57,23 +67,82 @@ class Engine:
         is_tensor = [tf.is_tensor(value) for value in flat[0]]
         inputs = [[v for v, t in zip(values, is_tensor, strict=True) if t] for values in flat]
         specs = [_common_spec(values) for values in zip(*inputs, strict=True)]
+        rows = None
+        if batch.weighs_rows(fn):
+            rows, inputs = self._lend_rows(per_rank, inputs, specs)
 
-        def program(coordinate, *tensors):
+        programs = []
+
+        def program(coordinate, own_rows, *tensors):
             remaining = iter(tensors)
             values = [next(remaining) if t else v for v, t in zip(flat[0], is_tensor, strict=True)]
             rank_args, rank_kwargs = tf.nest.pack_sequence_as(
                 per_rank[0], values, expand_composites=True
             )
             self.num_traces += 1
-            with self._program(coordinate), extended.replica_hooks():
-                return fn(*rank_args, **rank_kwargs)
+            replica = self._program(coordinate)
+            programs.append(replica)
+            replica.rows = None if rows is None else own_rows
+            with replica, extended.replica_hooks():
+                result = fn(*rank_args, **rank_kwargs)
+                average_statistics(replica)
+                return tf.nest.map_structure(_own_rows, result)
 
         coordinate_spec = tf.TensorSpec([extended.mesh.coordinates().shape[1]], tf.int32)
-        # Not inlined: a loop in an inlined copy has a name of its own on each device, TensorFlow puts
-        # that name into the keys of the collectives in the loop, and the ranks would never meet.
+        rows_spec = tf.TensorSpec([], tf.int32)
+        # Not inlined: a loop in an inlined copy has a name of its own on each device, TensorFlow
+        # puts that name into the keys of the collectives in the loop, and ranks would never meet.
         traced = tf.function(program, autograph=False, experimental_attributes={"_noinline": True})
-        concrete = traced.get_concrete_function(coordinate_spec, *specs)
-        return self._call_everywhere(concrete, inputs)
+        concrete = traced.get_concrete_function(coordinate_spec, rows_spec, *specs)
+        if programs[-1].communicates:
+            _check_not_shared(concrete)
+        if rows is None:
+            rows = [tf.constant(0)] * len(inputs)
+        return self._call_everywhere(
+            concrete, [[own, *values] for own, values in zip(rows, inputs, strict=True)]
+        )
+
+    def _lend_rows(
+        self, per_rank: list[Any], inputs: list[list[tf.Tensor]], specs: list[tf.TensorSpec]
+    ) -> tuple[list[tf.Tensor] | None, list[list[tf.Tensor]]]:
+        """Lends ranks without a row one of the last rank's; see `llmos_tf.batch`.
+
+        Returns:
+            For each rank the number of rows of its own, or None where each has as many; and inputs
+            of at least one row.
+        """
+        if self._extended.mesh.batch_ways == 1:
+            return None, inputs
+        # Parts of a ragged or sparse tensor are not rows.
+        dense = [
+            isinstance(value, tf.Tensor)
+            for value in tf.nest.flatten(per_rank[0])
+            for part in tf.nest.flatten(value, expand_composites=True)
+            if tf.is_tensor(part)
+        ]
+        split = [
+            i
+            for i, (spec, is_dense) in enumerate(zip(specs, dense, strict=True))
+            if is_dense and spec.shape.rank and spec.shape[0] is None and self._differs(inputs, i)
+        ]
+        if not split:
+            return None, inputs
+        rows = [tf.shape(values[split[0]])[0] for values in inputs]
+        lent = [list(values) for values in inputs]
+        with tf.device("CPU:0"):
+            for i in split:
+                last = inputs[-1][i]
+                zeros = tf.zeros(tf.concat([[1], tf.shape(last)[1:]], 0), last.dtype)
+                # Zeros where this process has no row at all.
+                row = tf.concat([last[:1], zeros], 0)[:1]
+                for mine, values in zip(lent, inputs, strict=True):
+                    mine[i] = _or_lent(values[i], row)
+        return rows, lent
+
+    def _differs(self, inputs: list[list[tf.Tensor]], i: int) -> bool:
+        """Whether an input is split over the parts of the batch, as far as this process sees."""
+        alone = len(self._extended.local_batch_parts) == 1
+        return alone or inputs[0][i] is not inputs[-1][i]
 
     def _program(self, coordinate: tf.Tensor) -> ReplicaProgram:
         extended = self._extended
@@ -94,13 +163,69 @@ class Engine:
         for index, (rank, device) in enumerate(
             zip(extended.local_ranks, extended.worker_devices, strict=True)
         ):
-            captures = [_capture_of(tensor, index) for tensor in concrete.captured_inputs]
+            captures = [self._capture_of(tensor, index) for tensor in concrete.captured_inputs]
             with tf.device(device):
                 coordinate = tf.constant(coordinates[rank])
                 results.append(
                     _internal.call_with_captures(concrete, [coordinate, *inputs[index]], captures)
                 )
         return _internal.regroup(tuple(results[i] for i in extended.batch_representatives))
+
+    def _capture_of(self, tensor: tf.Tensor, index: int) -> tf.Tensor:
+        """What the rank at `index` passes where rank 0's program captured `tensor`."""
+        container = _internal.captured_container(tensor)
+        if container is None:
+            if tf.is_symbolic_tensor(tensor):
+                _check_in_scope(tensor)
+            return tensor
+        check_owner(container, self._extended.container_strategy())
+        return container.values[index].handle
+
+
+def _check_in_scope(tensor: tf.Tensor) -> None:
+    """Refuses what a program has captured from another program.
+
+    A `tf.function` that is called in a replica captures what belongs to its program, such as a
+    rank's coordinate, and TensorFlow does not trace it again for the next program.
+    """
+    graph = tf.compat.v1.get_default_graph()
+    while graph is not None and tensor.graph is not graph:
+        graph = getattr(graph, "outer_graph", None)
+    if graph is None:
+        raise ValueError(
+            "A tf.function that communicates, or reads a variable that is cut over the mesh, was "
+            "called in two programs, such as a train step and a test step. Leave out its "
+            f"@tf.function: whatever strategy.run or fit calls is traced anyway. Received: {tensor}"
+            f" of {tensor.graph.name}."
+        )
+
+
+def _check_not_shared(concrete: Any) -> None:
+    """Refuses a program that changes what all devices share.
+
+    TensorFlow lets one device change it after the other, while each waits in a collective for the
+    others: for ever.
+    """
+    for tensor in _internal.written_captures(concrete):
+        if _internal.captured_container(tensor) is None:
+            owners = [v.name for v in concrete.graph.variables if v.handle is tensor]
+            name = owners[0] if owners else "an iterator, a table, a summary writer or the like"
+            raise ValueError(
+                f"The replica function changes {name}, which was made outside the strategy's scope "
+                "and is one for all devices. Make a variable inside `with strategy.scope():`; "
+                "use what is no variable outside of strategy.run."
+            )
+
+
+def _or_lent(x: tf.Tensor, row: tf.Tensor) -> tf.Tensor:
+    """`x`, or the row that is lent where it has none."""
+    if x.shape[0] is not None:
+        return x if x.shape[0] else row
+    return tf.cond(tf.shape(x)[0] > 0, lambda: x, lambda: row)
+
+
+def _own_rows(result: Any) -> Any:
+    return batch.own_rows(result) if isinstance(result, tf.Tensor) else result
 
 
 def _common_spec(values: tuple[tf.Tensor, ...]) -> tf.TensorSpec:
@@ -109,9 +234,3 @@ def _common_spec(values: tuple[tf.Tensor, ...]) -> tf.TensorSpec:
     for value in values[1:]:
         shape = shape.most_specific_compatible_shape(value.shape)
     return tf.TensorSpec(shape, values[0].dtype)
-
-
-def _capture_of(tensor: tf.Tensor, index: int) -> tf.Tensor:
-    """What the rank at `index` passes where rank 0's program captured `tensor`."""
-    container = _internal.captured_container(tensor)
-    return tensor if container is None else container.values[index].handle

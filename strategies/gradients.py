@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from llmos_tf import collectives
+from llmos_tf import batch, collectives
 from llmos_tf.mesh import BATCH_AXES
 from llmos_tf.program import ReplicaProgram
 from llmos_tf.sharding import Layout, ShardedVariable
@@ -50,7 +50,8 @@ def sync_gradients(
     for i, (gradient, variable) in enumerate(zip(gradients, variables, strict=True)):
         rows = _lookup_gradient(gradient, variable)
         if rows is None:
-            dense[i] = tf.convert_to_tensor(gradient)
+            # Its shape is known, whatever TensorFlow could infer.
+            dense[i] = tf.ensure_shape(gradient, variable.values[0].shape)
         else:
             results[i] = _gather_rows(program, rows)
     for reduction, members in _buckets({i: plans[i] for i in dense}, dense):
@@ -91,7 +92,8 @@ def _gather_rows(program: ReplicaProgram, rows: tf.IndexedSlices) -> tf.IndexedS
     They are gathered and not summed, because Keras's adaptive optimizers square each row by
     itself: only the rows that one device has give the weights of one device.
     """
-    values, indices = tf.convert_to_tensor(rows.values), tf.convert_to_tensor(rows.indices)
+    values = batch.counted(tf.convert_to_tensor(rows.values))
+    indices = tf.convert_to_tensor(rows.indices)
     axes = [axis for axis in BATCH_AXES if program.mesh.axis_size(axis) > 1]
     if axes:
         if values.shape[0] is None:
@@ -243,10 +245,14 @@ def _buckets(
 def _sum_bucket(
     program: ReplicaProgram, reduction: Reduction, tensors: list[tf.Tensor]
 ) -> list[tf.Tensor]:
-    del program
     if not reduction.sum_axes:
         return tensors
-    return _packed(tensors, lambda flat: collectives.all_reduce(flat, reduction.sum_axes))
+
+    def reduce(flat):
+        flat = _of_own_rows(program, reduction, flat)
+        return collectives.all_reduce(flat, reduction.sum_axes)
+
+    return _packed(tensors, reduce)
 
 
 def _scatter_bucket(
@@ -260,10 +266,21 @@ def _scatter_bucket(
         flat = tf.reshape(tensor, [-1])
         lengths.append(-(-flat.shape[0] // ways))
         rows.append(tf.reshape(pad_to(flat, lengths[-1] * ways), [ways, lengths[-1]]))
-    mine = collectives.reduce_scatter(tf.reshape(tf.concat(rows, 1), [-1]), axis)
+    flat = _of_own_rows(program, reduction, tf.reshape(tf.concat(rows, 1), [-1]))
+    mine = collectives.reduce_scatter(flat, axis)
     if reduction.sum_axes:
         mine = collectives.all_reduce(mine, reduction.sum_axes)
     return tf.split(mine, lengths)
+
+
+def _of_own_rows(program: ReplicaProgram, reduction: Reduction, flat: tf.Tensor) -> tf.Tensor:
+    """Gradients, or zeros on a rank without rows of its own."""
+    # What an fsdp gather has reduce-scattered is of other ranks' rows too; it was counted there.
+    is_mine = program.mesh.axis_size("fsdp") == 1 or "fsdp" in reduction.sum_axes
+    if program.rows is None or not is_mine:
+        return flat
+    # Not `tf.where`, which would copy them.
+    return tf.cond(program.rows > 0, lambda: flat, lambda: tf.zeros_like(flat))
 
 
 def _packed(

@@ -4,23 +4,30 @@ Keras averages a loss over the rows that a replica has, divides by the number of
 checks each replica's gradients, and only then sums them. Every difference from one device comes
 from that. Inside a program these few functions of Keras are replaced, and put back after it:
 
-- the divisor of a loss is the global one (`reduce_values`, `apply_mask`), so the sum over ranks of
-  local losses is the loss of one device, never a mean of means;
-- the loss that is shown is that sum (`unscale_loss_for_distribution`);
+- a loss is a sum over all ranks, and its divisor is the global one (`reduce_values`, `apply_mask`):
+  it has the value of one device on every rank, never a mean of means, and the gradient of the
+  rank's own rows;
+- so have the terms of `Model.losses`: a regularizer is the same on every rank, which takes its
+  share of the gradient, and what `add_loss` was given is averaged over the rows;
 - an optimizer's `apply` is `strategies.update.apply_gradients`;
-- metrics, when results are read in a step, are summed over ranks.
+- the result of a metric, when it is read in a step, is that of all ranks; a mean of scalars, such
+  as of losses, counts them alike on ranks with and without rows.
 """
 
 import contextlib
+import functools
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
+import keras
 import tensorflow as tf
 from keras import ops
 
-from llmos_tf import _internal, collectives
+from llmos_tf import _internal, batch, collectives
 from llmos_tf.mesh import BATCH_AXES
 from llmos_tf.program import current_program
+from llmos_tf.sharding import MetricVariable, ShardedVariable
 from llmos_tf.strategies.update import apply_gradients, apply_scaled_gradients
 
 _loss = _internal.keras_loss
@@ -34,15 +41,62 @@ def replica_hooks() -> Iterator[None]:
         {
             (_loss, "reduce_values"): lambda original: reduce_values,
             (_loss, "apply_mask"): lambda original: apply_mask,
-            (_loss, "unscale_loss_for_distribution"): lambda original: global_loss,
-            (base, "apply"): lambda original: apply_gradients,
+            (_loss, "scale_loss_for_distribution"): lambda original: _as_it_is,
+            (_loss, "unscale_loss_for_distribution"): lambda original: _as_it_is,
+            (keras.layers.Layer, "_get_own_losses"): _added_losses,
+            (keras.layers.Layer, "_get_regularization_losses"): _regularization_losses,
+            (base, "apply"): lambda original: _apply,
             (_internal.TFOptimizer, "_all_reduce_sum_gradients"): lambda original: _keep,
             (scaled, "apply"): lambda original: _scaled_apply(original),
             (scaled, "check_finite"): lambda original: check_finite,
-            (_internal.Trainer, "get_metrics_result"): _synced_result,
+            (keras.metrics.Mean, "update_state"): _mean_update,
+            **{(kind, "result"): _synced_result for kind in _kinds_of_metrics(keras.Metric)},
         }
     ):
         yield
+
+
+@functools.cache
+def hook_compile() -> None:
+    """Has `compile` do what is right for models made under a mesh strategy's scope, from now on.
+
+    It need not be called under the scope: variables of the optimizer and the metrics that were made
+    outside are made again as the mesh's. And `jit_compile` is off: XLA compiles a function for one
+    device, and a step is the work of all.
+    """
+    original = _internal.Trainer.compile
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def compile(model, *args, **kwargs):
+        strategy = model.distribute_strategy
+        if getattr(strategy.extended, "mesh", None) is None:
+            return original(model, *args, **kwargs)
+        arguments = signature.bind(model, *args, **kwargs).arguments
+        made = tf.nest.flatten([arguments.get(name) for name in _WITH_VARIABLES])
+        with strategy.scope():
+            for thing in made:
+                _adopt(thing, strategy)
+            return original(**{**arguments, "jit_compile": False})
+
+    _internal.Trainer.compile = compile
+
+
+# Arguments of `compile` that may be, or hold, objects with variables.
+_WITH_VARIABLES = ("optimizer", "metrics", "weighted_metrics")
+
+
+def _adopt(thing: Any, strategy: tf.distribute.Strategy) -> None:
+    """Makes the variables of a new optimizer or metric again, in the scope that is entered."""
+    is_new_optimizer = isinstance(thing, keras.Optimizer) and not thing.built
+    if not is_new_optimizer and not isinstance(thing, keras.Metric):
+        return
+    for variable in thing.variables:
+        if not isinstance(variable.value, ShardedVariable | MetricVariable):
+            variable._initialize(variable.numpy())
+    for optimizer in (thing, getattr(thing, "inner_optimizer", None)):
+        if isinstance(optimizer, keras.Optimizer):
+            optimizer._distribution_strategy = strategy
 
 
 def reduce_values(
@@ -50,7 +104,7 @@ def reduce_values(
     sample_weight: tf.Tensor | None = None,
     reduction: str | None = "sum_over_batch_size",
 ) -> tf.Tensor:
-    """Reduces this rank's losses to its share of the global loss.
+    """Reduces this rank's losses to the loss of all ranks.
 
     Args:
         values: weighted losses of this rank's rows.
@@ -58,22 +112,22 @@ def reduce_values(
         reduction: as in `keras.losses.Loss`.
 
     Returns:
-        A scalar whose sum over the parts of the batch is the loss of one device; `values` as they
-        are for reduction None.
+        The loss of one device, a scalar whose gradient is that of this rank's rows; `values` as
+        they are for reduction None.
     """
     if reduction is None or reduction == "none":
         return values
     if values.shape.rank == 0:
-        # A loss function that has averaged by itself: replicas count alike.
-        return _loss.scale_loss_for_distribution(values)
-    total = ops.sum(values)
+        # A loss function that has averaged by itself.
+        return batch.mean(values)
+    mine = ops.sum(values)
     if reduction == "sum":
-        return total
+        return batch.total(mine)
     if reduction == "mean_with_sample_weight" and sample_weight is not None:
-        count = collectives.all_reduce(ops.cast(ops.sum(sample_weight), total.dtype), BATCH_AXES)
+        count = _total(ops.cast(ops.sum(sample_weight), mine.dtype))
     else:
-        count = _global_size(values, total.dtype)
-    return ops.divide_no_nan(total, count)
+        count = _global_size(values, mine.dtype)
+    return batch.total(ops.divide_no_nan(mine, count))
 
 
 def apply_mask(
@@ -94,25 +148,13 @@ def apply_mask(
         return sample_weight
     weight = ops.cast(mask, dtype)
     if reduction in ("mean", "sum_over_batch_size"):
-        valid = collectives.all_reduce(ops.sum(weight), BATCH_AXES)
+        valid = _total(ops.sum(weight))
         weight = weight * ops.divide_no_nan(_global_size(mask, dtype), valid)
     if sample_weight is not None:
         sample_weight = ops.cast(sample_weight, dtype)
         weight, sample_weight = _loss.squeeze_or_expand_to_same_rank(weight, sample_weight)
         weight = weight * sample_weight
     return weight
-
-
-def global_loss(value: tf.Tensor) -> tf.Tensor:
-    """Returns the loss of the whole batch from this rank's share.
-
-    Args:
-        value: this rank's share of the loss.
-
-    Returns:
-        The sum over the parts of the batch, on every rank.
-    """
-    return collectives.all_reduce(tf.stop_gradient(value), BATCH_AXES)
 
 
 def check_finite(optimizer: Any, gradients: list) -> tf.Tensor:
@@ -137,16 +179,49 @@ def check_finite(optimizer: Any, gradients: list) -> tf.Tensor:
 def _global_size(values: tf.Tensor, dtype: Any) -> tf.Tensor:
     """Number of elements over all parts of the batch."""
     program = current_program()
-    if values.shape.is_fully_defined():
+    if values.shape.is_fully_defined() and program.rows is None:
         # One program: static here is static, and the same, on every rank.
         return ops.cast(values.shape.num_elements() * program.mesh.batch_ways, dtype)
-    return collectives.all_reduce(ops.cast(tf.size(values), dtype), BATCH_AXES)
+    return _total(ops.cast(tf.size(values), dtype))
+
+
+def _total(count: tf.Tensor) -> tf.Tensor:
+    """Sum over the parts of the batch of what is not differentiated."""
+    return collectives.all_reduce(batch.counted(count), BATCH_AXES)
+
+
+def _as_it_is(value: tf.Tensor) -> tf.Tensor:
+    return value
+
+
+def _added_losses(original: Any) -> Any:
+    def _get_own_losses(layer):
+        return [batch.mean(_as_float(loss)) for loss in original(layer)]
+
+    return _get_own_losses
+
+
+def _regularization_losses(original: Any) -> Any:
+    def _get_regularization_losses(layer):
+        return [batch.same(loss) for loss in original(layer)]
+
+    return _get_regularization_losses
+
+
+def _as_float(value: Any) -> tf.Tensor:
+    value = tf.convert_to_tensor(value)
+    return value if value.dtype.is_floating else tf.cast(value, keras.config.floatx())
 
 
 def _keep(optimizer: Any, grads_and_vars: Any) -> Any:
     """`_all_reduce_sum_gradients` of gradients that are summed already."""
     del optimizer
     return grads_and_vars
+
+
+def _apply(optimizer: Any, grads: Any, trainable_variables: Any = None) -> None:
+    """`Optimizer.apply`, by the names of its arguments."""
+    apply_gradients(optimizer, grads, trainable_variables)
 
 
 def _scaled_apply(original: Any) -> Any:
@@ -156,9 +231,33 @@ def _scaled_apply(original: Any) -> Any:
     return apply
 
 
-def _synced_result(original: Any) -> Any:
-    def get_metrics_result(trainer):
-        with _internal.synced_reads():
-            return original(trainer)
+def _mean_update(original: Any) -> Any:
+    @functools.wraps(original)
+    def update_state(metric, values, sample_weight=None):
+        program = current_program()
+        rank = tf.TensorShape(getattr(values, "shape", ())).rank
+        if program is None or sample_weight is not None or rank != 0:
+            return original(metric, values, sample_weight)
+        with program.having(rows=None):
+            return original(metric, values)
 
-    return get_metrics_result
+    return update_state
+
+
+def _kinds_of_metrics(kind: type) -> Iterator[type]:
+    """The classes of metrics that say what their result is."""
+    if "result" in vars(kind):
+        yield kind
+    for subclass in kind.__subclasses__():
+        yield from _kinds_of_metrics(subclass)
+
+
+def _synced_result(original: Any) -> Any:
+    @functools.wraps(original)
+    def result(metric):
+        if current_program() is None or _internal.in_synced_reads():
+            return original(metric)
+        with _internal.synced_reads():
+            return original(metric)
+
+    return result

@@ -65,9 +65,7 @@ def apply_gradients(optimizer: Any, gradients: Sequence[Any], variables: Any = N
     """
     program = current_program()
     variables = list(optimizer._trainable_variables if variables is None else variables)
-    if not optimizer.built:
-        with keras.name_scope(optimizer.name), tf.init_scope():
-            optimizer.build(variables)
+    _build(optimizer, variables)
     if not isinstance(_stored(optimizer._iterations), ShardedVariable):
         raise ValueError(
             f"The optimizer {optimizer.name!r} was made outside the strategy's scope, so its state "
@@ -105,14 +103,20 @@ def apply_scaled_gradients(
     program = current_program()
     inner = optimizer.inner_optimizer
     variables = list(inner._trainable_variables if variables is None else variables)
-    if not optimizer.built:
-        with keras.name_scope(optimizer.name), tf.init_scope():
-            optimizer.build(variables)
-            optimizer.built = True
+    _build(optimizer, variables)
     gradients, variables = inner._filter_empty_gradients(gradients, variables)
     synced = sync_gradients(program, gradients, [_stored(v) for v in variables])
     with program.having(gradients_synced=True, in_update=True):
         original(optimizer, synced, variables)
+
+
+def _build(optimizer: Any, variables: list) -> None:
+    """Makes the state of an optimizer that is used for the first time."""
+    if optimizer.built:
+        return
+    with keras.name_scope(optimizer.name), tf.init_scope():
+        optimizer.build(variables)
+        optimizer.built = True
 
 
 def _accumulate_and_update(program, optimizer, gradients, variables) -> None:

@@ -7,8 +7,12 @@ from typing import Any
 
 import tensorflow as tf
 
-from llmos_tf.mesh import AXES, Mesh
+from llmos_tf.mesh import Mesh
 from llmos_tf.sharding.layout import Layout
+
+# The axes along which layers work on slices of a variable. Along data and fsdp the batch is split,
+# so there a layer needs all of it; fsdp cuts what is stored, of every variable, by itself.
+LAYOUT_AXES = ("tensor", "expert")
 
 
 class LayoutRules:
@@ -21,9 +25,18 @@ class LayoutRules:
     Args:
         mesh: the mesh.
         user_rules: the strategy's `layout_map`; with it, models' own tables are not used.
-    """
+
+    Raises:
+        ValueError: rules that are no mapping from patterns to axes, or name an axis that no layout
+            can.
+    """  # noqa: DOC502
 
     def __init__(self, mesh: Mesh, user_rules: Mapping | None = None):
+        if user_rules is not None and not isinstance(user_rules, Mapping):
+            raise ValueError(
+                "layout_map is a keras.distribution.LayoutMap or a mapping such as "
+                f"{{'path/pattern': (None, 'tensor')}}. Received: {user_rules!r}."
+            )
         self._mesh = mesh
         self._from_user = user_rules is not None
         self._rules = {
@@ -75,7 +88,8 @@ class LayoutRules:
         """
         if not self._paths:
             return
-        if self._mesh.axis_size("tensor") > 1 and not self._rules:
+        used = any("tensor" in layout.dims for layout in self._rules.values())
+        if self._mesh.axis_size("tensor") > 1 and not used:
             raise ValueError(
                 f"The mesh {self._mesh} has a tensor axis, but no layout says which variables lie "
                 "along it. Give MeshStrategy or TensorParallelStrategy a "
@@ -134,11 +148,24 @@ def mesh_axis_size(axis: str) -> int:
 
 def _as_layout(rule: Any, pattern: str) -> Layout:
     """A rule as a `Layout`: it may be one, a `keras.distribution.TensorLayout`, or axis names."""
-    layout = rule if isinstance(rule, Layout) else Layout(tuple(getattr(rule, "axes", rule)))
-    unknown = [axis for axis in layout.dims if axis is not None and axis not in AXES]
+    axes = getattr(rule, "axes", rule)
+    if not isinstance(rule, Layout) and not isinstance(axes, tuple | list):
+        raise ValueError(
+            f"The layout rule {pattern!r} is one axis name or None for each dimension, such as "
+            f"(None, 'tensor'). Received: {rule!r}."
+        )
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(
+            f"The layout rule {pattern!r} is no regular expression: {error}."
+        ) from error
+    layout = rule if isinstance(rule, Layout) else Layout(tuple(axes))
+    unknown = [axis for axis in layout.dims if axis is not None and axis not in LAYOUT_AXES]
     if unknown:
         raise ValueError(
-            f"The layout rule {pattern!r} names the axis {unknown[0]!r}. "
-            f"The mesh axes are {', '.join(AXES)}; received: {layout.dims}."
+            f"The layout rule {pattern!r} names the axis {unknown[0]!r}. A layout may name "
+            f"{' and '.join(LAYOUT_AXES)}; an fsdp axis cuts every variable by itself, and along "
+            f"the other axes variables are whole. Received: {layout.dims}."
         )
     return layout

@@ -1,12 +1,14 @@
 """Variables of a mesh: one component per rank, one value for everybody who reads them."""
 
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
-from llmos_tf import _internal, collectives
+from llmos_tf import _internal, batch, collectives
 from llmos_tf.mesh import BATCH_AXES
-from llmos_tf.program import current_program
+from llmos_tf.program import ReplicaProgram, current_program
 from llmos_tf.sharding.layout import Layout
 
 
@@ -29,6 +31,9 @@ class ShardedVariable(_internal.MirroredVariable):
         full_shape: shape of the whole value.
         path: the Keras path, for messages.
     """
+
+    # The program of `_run_program`, once there is one.
+    _program = None
 
     def __init__(
         self,
@@ -64,6 +69,7 @@ class ShardedVariable(_internal.MirroredVariable):
 
     def part(self) -> tf.Tensor:
         """Returns what the calling rank stores, inside a program."""
+        check_owner(self, current_program().strategy)
         return self._values[0].value()
 
     def update_part(self) -> tf.Tensor:
@@ -78,6 +84,9 @@ class ShardedVariable(_internal.MirroredVariable):
         program = current_program()
         if program is None:
             return self._joined()
+        if id(self) in program.statistics:
+            # Read again in the step that updated it.
+            average_statistics(program)
         if program.update_parts:
             pending = program.pending_parts.get(id(self))
             return self.update_part() if pending is None else pending[1]
@@ -86,8 +95,14 @@ class ShardedVariable(_internal.MirroredVariable):
     def _joined(self) -> tf.Tensor:
         if self.layout.is_replicated:
             return self._values[0].value()
-        ranks = self._distribute_strategy.extended.local_ranks
-        parts = {rank: part.value() for rank, part in zip(ranks, self._values, strict=True)}
+        extended = self._distribute_strategy.extended
+        cut = [axis for axis in (*self.layout.dims, *self.layout.flat) if axis is not None]
+        if not extended.in_one_process(cut):
+            return _run_program(self, self.read)
+        parts = {}
+        for rank, component in zip(extended.local_ranks, self._values, strict=True):
+            where = self.mesh.coordinate(rank)
+            parts[self.mesh.rank(**{axis: where[axis] for axis in cut})] = component.value()
         # On the host: nothing that has a full copy may sit on an accelerator.
         with tf.device("CPU:0"):
             return self.layout.join(parts, self._full_shape, self.mesh)
@@ -104,7 +119,7 @@ class ShardedVariable(_internal.MirroredVariable):
         def observed(full):
             def gradient(upstream):
                 reads.append(upstream if isinstance(upstream, tf.IndexedSlices) else None)
-                return tf.convert_to_tensor(upstream)
+                return batch.counted(tf.convert_to_tensor(upstream))
 
             return tf.identity(full), gradient
 
@@ -139,6 +154,20 @@ class ShardedVariable(_internal.MirroredVariable):
     def _dense_var_to_tensor(self, dtype=None, name=None, as_ref=False):
         del as_ref
         return tf.convert_to_tensor(self.read(), dtype=dtype, name=name)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        # numpy converts by it; the base class's returns no array for a scalar.
+        del copy
+        return np.asarray(self.numpy(), dtype=dtype)
+
+    def __int__(self) -> int:
+        return int(self.numpy())
+
+    def __float__(self) -> float:
+        return float(self.numpy())
+
+    def __bool__(self) -> bool:
+        return bool(self.numpy())
 
     def sparse_read(self, indices: tf.Tensor, name: str | None = None) -> tf.Tensor:
         """Gathers rows; `tf.gather` calls it.
@@ -220,7 +249,7 @@ class ShardedVariable(_internal.MirroredVariable):
         if program is not None:
             self._write_in_program(program, method, value)
             return self
-        full = tf.ensure_shape(value, self._full_shape)
+        full = self._checked(value)
         for rank, component in zip(
             self._distribute_strategy.extended.local_ranks, self._values, strict=True
         ):
@@ -229,6 +258,7 @@ class ShardedVariable(_internal.MirroredVariable):
         return self
 
     def _write_in_program(self, program, method: str, value: tf.Tensor) -> None:
+        check_owner(self, program.strategy)
         if program.update_parts and self.update_layout != self.layout:
             if value.shape.is_compatible_with(self.shape):
                 value = self.update_layout.part_from_full(value, self.mesh)
@@ -237,15 +267,32 @@ class ShardedVariable(_internal.MirroredVariable):
             program.pending_parts[id(self)] = (self, change(old, value))
             return
         if not program.in_update:
-            value = self._aggregated(value)
+            if self._is_statistic():
+                program.statistics[id(self)] = self
+            else:
+                value = self._aggregated(value)
         is_part = program.update_parts and value.shape.is_compatible_with(self._values[0].shape)
         if not is_part:
-            value = tf.ensure_shape(value, self._full_shape)
-            value = self.layout.part_from_full(value, self.mesh)
+            value = self.layout.part_from_full(self._checked(value), self.mesh)
         getattr(self._values[0], method)(value)
+
+    def _checked(self, value: tf.Tensor) -> tf.Tensor:
+        """A value that is to be written, of static shape."""
+        if not value.shape.is_compatible_with(self._full_shape):
+            raise ValueError(
+                f"The variable {self.path} has the shape {self._full_shape}. "
+                f"Received: a value of shape {tuple(value.shape)}."
+            )
+        return tf.ensure_shape(value, self._full_shape)
 
     def _component_of(self, value: tf.Tensor, rank: int) -> tf.Tensor:
         return self.layout.part_of(value, self.mesh, rank)
+
+    def _is_statistic(self) -> bool:
+        """Whether layers keep it up by the rows they see, as batch normalization its averages."""
+        kinds = (tf.VariableAggregation.NONE, tf.VariableAggregation.MEAN)
+        mirrored = self.layout.is_replicated and self._aggregation in kinds
+        return mirrored and not self.trainable and self.dtype.is_floating
 
     def _aggregated(self, value: tf.Tensor) -> tf.Tensor:
         """One value from those the replicas assign, as the variable's aggregation says."""
@@ -259,11 +306,12 @@ class ShardedVariable(_internal.MirroredVariable):
             return collectives.broadcast(value, BATCH_AXES)
         return value
 
-    def _update_replica(self, update_fn, value, **kwargs):
+    def _update(self, update_fn, value, **kwargs):
+        # What the base class does for the other scatter methods.
+        del update_fn, value, kwargs
         raise NotImplementedError(
-            f"The variable {self.path} of a mesh takes assign, assign_add and assign_sub in a "
-            f"replica. Received: {getattr(update_fn, '__name__', update_fn)!r}. Convert sparse "
-            "updates with tf.convert_to_tensor."
+            f"The variable {self.path} of a mesh takes assign, assign_add, assign_sub, "
+            "scatter_add, scatter_sub and scatter_update. Compute the new value and assign it."
         )
 
     def scatter_add(
@@ -279,7 +327,7 @@ class ShardedVariable(_internal.MirroredVariable):
         Returns:
             This variable.
         """
-        return self.assign_add(tf.convert_to_tensor(sparse_delta))
+        return self.assign_add(self._dense(sparse_delta))
 
     def scatter_sub(
         self, sparse_delta: tf.IndexedSlices, use_locking: bool = False, name: str | None = None
@@ -294,7 +342,35 @@ class ShardedVariable(_internal.MirroredVariable):
         Returns:
             This variable.
         """
-        return self.assign_sub(tf.convert_to_tensor(sparse_delta))
+        return self.assign_sub(self._dense(sparse_delta))
+
+    def scatter_update(
+        self, sparse_delta: tf.IndexedSlices, use_locking: bool = False, name: str | None = None
+    ) -> "ShardedVariable":
+        """Sets rows to those of `tf.IndexedSlices`.
+
+        Args:
+            sparse_delta: the slices.
+            use_locking: passed on.
+            name: passed on.
+
+        Returns:
+            This variable.
+        """
+        rows = tf.convert_to_tensor(sparse_delta.indices)[:, tf.newaxis]
+        return self.assign(tf.tensor_scatter_nd_update(self.read(), rows, sparse_delta.values))
+
+    def _dense(self, slices: tf.IndexedSlices) -> tf.Tensor:
+        rows = tf.convert_to_tensor(slices.indices)[:, tf.newaxis]
+        return tf.scatter_nd(rows, slices.values, tf.constant(self._full_shape, rows.dtype))
+
+    # --- TensorFlow's checkpoints ----------------------------------------------------------------
+
+    def _serialize_to_tensors(self) -> dict[str, tf.Tensor]:
+        return {"VARIABLE_VALUE": self.read()}
+
+    def _restore_from_tensors(self, restored_tensors: dict[str, tf.Tensor]) -> "ShardedVariable":
+        return self.assign(restored_tensors["VARIABLE_VALUE"])
 
 
 class SeedVariable(ShardedVariable):
@@ -305,14 +381,20 @@ class SeedVariable(ShardedVariable):
     axes that split the batch and agree along those that hold the same activations.
     """
 
-    def _fold(self, value: tf.Tensor, index: Any) -> tf.Tensor:
+    def _shift(self, rank: int, dtype: tf.DType) -> tf.Tensor:
         # A prime of 31 bits, so that seeds of neighbouring ranks share no pattern.
-        shift = tf.cast(index, value.dtype) * tf.constant(1_640_531_527, value.dtype)
-        return value + tf.stack([shift, tf.zeros_like(shift)])
+        index = self.mesh.index_along(rank, BATCH_AXES)
+        shift = tf.cast(index, dtype) * tf.constant(1_640_531_527, dtype)
+        return tf.stack([shift, tf.zeros_like(shift)])
 
     def read(self) -> tf.Tensor:
-        """Returns this rank's state in a program, else the first rank's."""
-        return self._values[0].value()
+        """Returns this rank's state in a program, else the first rank's of the mesh."""
+        state = self._values[0].value()
+        if current_program() is not None:
+            return state
+        # In another process than the first, what is at hand is another rank's.
+        first = self._distribute_strategy.extended.local_ranks[0]
+        return state if first == 0 else state - self._shift(first, state.dtype)
 
     def _get(self):
         return self.read()
@@ -322,7 +404,7 @@ class SeedVariable(ShardedVariable):
         getattr(self._values[0], method)(value)
 
     def _component_of(self, value: tf.Tensor, rank: int) -> tf.Tensor:
-        return self._fold(value, self.mesh.index_along(rank, BATCH_AXES))
+        return value + self._shift(rank, value.dtype)
 
 
 class MetricVariable(_internal.SyncOnReadVariable):
@@ -332,13 +414,101 @@ class MetricVariable(_internal.SyncOnReadVariable):
     counted once.
     """
 
+    _program = None
+
+    def _update_replica(self, update_fn, value, **kwargs):
+        program = current_program()
+        if program is None or program.rows is None:
+            return super()._update_replica(update_fn, value, **kwargs)
+        # A rank without rows of its own counts nothing.
+        component = self._values[0]
+        before = component.value()
+        update_fn(component, value, **kwargs)
+        return component.assign(tf.where(program.rows > 0, component.value(), before))
+
+    def _get(self):
+        if current_program() is not None and _internal.in_synced_reads():
+            return self._total()
+        return super()._get()
+
+    def _dense_var_to_tensor(self, dtype=None, name=None, as_ref=False):
+        if current_program() is not None and _internal.in_synced_reads():
+            return tf.convert_to_tensor(self._total(), dtype=dtype, name=name)
+        return super()._dense_var_to_tensor(dtype, name, as_ref)
+
     def _get_cross_replica(self):
-        strategy = self._distribute_strategy
+        extended = self._distribute_strategy.extended
+        if extended.spans_processes:
+            return _run_program(self, self._total)
         if self._aggregation == tf.VariableAggregation.ONLY_FIRST_REPLICA:
             return self._get_replica(0)
-        components = [self._values[i] for i in strategy.extended.batch_representatives]
+        components = [self._values[i] for i in extended.batch_representatives]
         with tf.device("CPU:0"):
             total = tf.add_n([component.read_value() for component in components])
             if self._aggregation == tf.VariableAggregation.MEAN:
                 total /= tf.cast(len(components), total.dtype)
         return total
+
+    def _total(self) -> tf.Tensor:
+        """The same in a program."""
+        mine = self._get_replica(0).read_value()
+        if self._aggregation == tf.VariableAggregation.ONLY_FIRST_REPLICA:
+            return collectives.broadcast(mine, BATCH_AXES)
+        total = collectives.all_reduce(mine, BATCH_AXES)
+        if self._aggregation == tf.VariableAggregation.MEAN:
+            total /= tf.cast(collectives.axis_size(BATCH_AXES), total.dtype)
+        return total
+
+
+def average_statistics(program: ReplicaProgram) -> None:
+    """Gives every rank the mean of the statistics that the ranks have updated by their rows.
+
+    Called when one of them is read, and at the end of a program: one collective for all of them.
+
+    Args:
+        program: the program of this rank.
+    """
+    variables = list(program.statistics.values())
+    program.statistics.clear()
+    for dtype in sorted({variable.dtype for variable in variables}, key=str):
+        components = [v.values[0] for v in variables if v.dtype == dtype]
+        flat = tf.concat([tf.reshape(component.value(), [-1]) for component in components], 0)
+        lengths = [component.shape.num_elements() for component in components]
+        for component, part in zip(components, tf.split(batch.mean(flat), lengths), strict=True):
+            component.assign(tf.reshape(part, component.shape))
+
+
+def check_owner(variable: Any, strategy: tf.distribute.Strategy) -> None:
+    """Checks that a program of `strategy` may use a variable.
+
+    Args:
+        variable: a distributed variable.
+        strategy: the strategy whose program is being traced.
+
+    Raises:
+        ValueError: the variable was made under the scope of another one.
+    """
+    if variable.distribute_strategy is not strategy:
+        raise ValueError(
+            f"The variable {variable.name} was made under the scope of another strategy than the "
+            "one that runs this function. Make the variables that a function uses under the scope "
+            "of the strategy that runs it."
+        )
+
+
+def _run_program(variable: Any, read: Callable[[], tf.Tensor]) -> tf.Tensor:
+    """What a variable's `read` returns in a program, the same on every rank.
+
+    Other processes hold some of the variable, so they all have to read it.
+    """
+    if variable._program is None:
+
+        def run():
+            engine = variable._distribute_strategy.extended.engine
+            result = engine.run(read, (), {})
+            is_split = isinstance(result, tf.distribute.DistributedValues)
+            return result.values[0] if is_split else result
+
+        # On the variable, which it must not outlive.
+        variable._program = tf.function(run, autograph=False)
+    return variable._program()

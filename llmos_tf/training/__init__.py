@@ -2,9 +2,8 @@
 
 from llmos_tf.training.gradient_descent import GradientDescent
 from llmos_tf.training.step import (
-    global_loss,
+    batch_loss,
     local_gradients,
-    local_loss,
     make_loss_step,
     make_train_step,
     split_batch,
@@ -13,9 +12,8 @@ from llmos_tf.training.step import (
 
 __all__ = [
     "GradientDescent",
-    "global_loss",
+    "batch_loss",
     "local_gradients",
-    "local_loss",
     "make_loss_step",
     "make_train_step",
     "split_batch",

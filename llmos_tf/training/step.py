@@ -25,9 +25,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from llmos_tf import collectives
+from llmos_tf.batch import weigh_rows
 from llmos_tf.layers import TokenCrossEntropy
-from llmos_tf.mesh import BATCH_AXES
 from llmos_tf.models.language_model import LanguageModel
 from llmos_tf.program import current_program
 from llmos_tf.strategies.input import split_batch
@@ -75,6 +74,7 @@ def make_train_step(
         with strategy.scope():
             optimizer.build(model.trainable_variables)
 
+    @weigh_rows
     def replica_step(*batch):
         return train_step(model, optimizer, loss, as_batch(batch))
 
@@ -99,8 +99,9 @@ def make_loss_step(model: keras.Model, loss: Any) -> tf.types.experimental.Polym
     loss = as_loss(loss)
     strategy = _strategy_of(model)
 
+    @weigh_rows
     def replica_step(*batch):
-        return global_loss(local_loss(model, loss, as_batch(batch), training=False))
+        return batch_loss(model, loss, as_batch(batch), training=False)
 
     @tf.function(reduce_retracing=True, autograph=False)
     def step(*batch):
@@ -126,13 +127,13 @@ def train_step(
     """
     value, gradients = local_gradients(model, optimizer, loss, batch)
     optimizer.apply(gradients, model.trainable_variables)
-    return global_loss(value)
+    return value
 
 
 def local_gradients(
     model: keras.Model, optimizer: keras.optimizers.Optimizer, loss: Any, batch: Batch
 ) -> tuple[tf.Tensor, list[Any]]:
-    """Gradients of this rank's share of the loss, for the parts of the variables that it stores.
+    """Gradients of the loss by this rank's rows, for the parts of the variables that it stores.
 
     Args:
         model: the model.
@@ -141,17 +142,20 @@ def local_gradients(
         batch: this replica's rows ``(x, y, sample_weight or None)``.
 
     Returns:
-        The share of the loss, a scalar whose sum over the parts of the batch is the loss; and a
-        gradient for each trainable variable, None where it had no part in the loss.
+        The loss of the global batch, a scalar, the same on every rank; and a gradient for each
+        trainable variable, None where it had no part in the loss. The sum of the ranks' gradients
+        is the gradient of the loss.
     """
     with tf.GradientTape() as tape:
-        value = local_loss(model, loss, batch, training=True)
+        value = batch_loss(model, loss, batch, training=True)
         scaled = optimizer.scale_loss(value)
     return value, tape.gradient(scaled, model.trainable_variables)
 
 
-def local_loss(model: keras.Model, loss: Any, batch: Batch, training: bool) -> tf.Tensor:
-    """This rank's share of the loss: a sum over its rows, divided by the global weight.
+def batch_loss(model: keras.Model, loss: Any, batch: Batch, training: bool) -> tf.Tensor:
+    """The loss of the global batch: a sum over all ranks' rows, divided by the global weight.
+
+    What is differentiated is this rank's share of it (`strategies.keras_hooks`).
 
     Args:
         model: the model.
@@ -160,7 +164,7 @@ def local_loss(model: keras.Model, loss: Any, batch: Batch, training: bool) -> t
         training: whether layers such as dropout are on.
 
     Returns:
-        A scalar.
+        A scalar, the same on every rank.
     """
     x, y, sample_weight = batch
     program = current_program()
@@ -169,20 +173,6 @@ def local_loss(model: keras.Model, loss: Any, batch: Batch, training: bool) -> t
     sharded = isinstance(loss, TokenCrossEntropy) and isinstance(model, LanguageModel)
     with program.having(sharded_logits=sharded, logits_axis=None):
         return _total_loss(model, loss, x, y, sample_weight, training)
-
-
-def global_loss(value: tf.Tensor) -> tf.Tensor:
-    """Sums the shares of the loss over the parts of the batch.
-
-    Args:
-        value: this rank's share.
-
-    Returns:
-        The loss of the global batch, on every rank.
-    """
-    if current_program() is None:
-        return value
-    return collectives.all_reduce(tf.stop_gradient(value), BATCH_AXES)
 
 
 def as_loss(loss: Any) -> keras.losses.Loss:
@@ -223,7 +213,9 @@ class _FunctionLoss(keras.losses.Loss):
     """A function of (y_true, y_pred) that returns a loss for each row, or their mean."""
 
     def __init__(self, function: Callable[[Any, Any], tf.Tensor]):
-        super().__init__(name=getattr(function, "__name__", "loss"))
+        name = getattr(function, "__name__", "")
+        # A lambda's is none that TensorFlow takes.
+        super().__init__(name=name if name.isidentifier() else "loss")
         self._function = function
 
     def call(self, y_true: tf.Tensor, y_pred: tf.Tensor) -> tf.Tensor:
@@ -232,11 +224,8 @@ class _FunctionLoss(keras.losses.Loss):
 
 def _total_loss(model, loss, x, y, sample_weight, training) -> tf.Tensor:
     value = loss(y, model(x, training=training), sample_weight=sample_weight)
-    program = current_program()
-    ways = 1 if program is None else program.mesh.batch_ways
-    # Regularizers and the like are the same on every rank: each part of the batch takes its share.
-    extra = [tf.cast(tf.reduce_sum(term), value.dtype) / ways for term in model.losses]
-    return tf.add_n([value, *extra])
+    # Regularizers and the like.
+    return tf.add_n([value, *(tf.cast(tf.reduce_sum(term), value.dtype) for term in model.losses)])
 
 
 def _strategy_of(model: keras.Model) -> tf.distribute.Strategy:
