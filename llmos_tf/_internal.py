@@ -25,6 +25,7 @@ from tensorflow.core.protobuf.tensorflow_server_pb2 import ServerDef
 
 # `tf.distribute` has no public base for a strategy that creates its own kind of variable or runs a
 # program its own way: MirroredExtended is what MirroredStrategy keeps behind `.extended`.
+# The type of per-replica values, which an iterator shows as its `element_spec`, has no public name.
 from tensorflow.python.distribute import (
     distribute_lib,
     distribute_utils,

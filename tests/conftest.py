@@ -1,5 +1,6 @@
 """One TensorFlow for all tests: eight virtual CPU devices, parsed flags, fresh Keras names."""
 
+import gc
 import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -15,6 +16,17 @@ devices.configure_virtual_cpus(8)
 
 # absl's test helpers refuse to work with flags that were never parsed.
 flags.FLAGS(["pytest"])
+
+
+def pytest_collection_finish(session):
+    """Leaves what the imports have made out of every later collection of garbage.
+
+    `clear_session` collects it after each test, and walks over all of TensorFlow's and Keras's
+    objects to do so.
+    """
+    del session
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -165,7 +165,7 @@ class SelfAttention(keras.layers.Layer):
             q_BNTH = tf.reshape(q_BNTH, [rows, num_kv, group * length, self.head_dim])
             visible_TS = tf.tile(visible_TS, [group, 1])
         scale = 1 / math.sqrt(self.head_dim)
-        scores = tf.matmul(q_BNTH * tf.cast(scale, q_BNTH.dtype), k_BKSH, transpose_b=True)
+        scores = tf.matmul(q_BNTH * tf.constant(scale, q_BNTH.dtype), k_BKSH, transpose_b=True)
         scores = tf.where(visible_TS, scores, scores.dtype.min)
         wide = tf.cast(scores, tf.float32) if scores.dtype.size < 4 else scores
         weights = tf.cast(tf.nn.softmax(wide), scores.dtype)

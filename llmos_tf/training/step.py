@@ -76,11 +76,12 @@ def make_train_step(
 
     @weigh_rows
     def replica_step(*batch):
-        return train_step(model, optimizer, loss, as_batch(batch))
+        return train_step(model, optimizer, loss, batch)
 
+    # Three arguments always: to reduce retracing, TensorFlow compares them one by one.
     @tf.function(reduce_retracing=True, autograph=False)
-    def step(*batch):
-        per_replica = split_batch(as_batch(batch), strategy)
+    def step(x, y=None, sample_weight=None, *more):
+        per_replica = split_batch(as_batch(x, y, sample_weight, *more), strategy)
         return _first(strategy.run(replica_step, args=per_replica), strategy)
 
     return step
@@ -101,11 +102,11 @@ def make_loss_step(model: keras.Model, loss: Any) -> tf.types.experimental.Polym
 
     @weigh_rows
     def replica_step(*batch):
-        return batch_loss(model, loss, as_batch(batch), training=False)
+        return batch_loss(model, loss, batch, training=False)
 
     @tf.function(reduce_retracing=True, autograph=False)
-    def step(*batch):
-        per_replica = split_batch(as_batch(batch), strategy)
+    def step(x, y=None, sample_weight=None, *more):
+        per_replica = split_batch(as_batch(x, y, sample_weight, *more), strategy)
         return _first(strategy.run(replica_step, args=per_replica), strategy)
 
     return step
@@ -188,23 +189,28 @@ def as_loss(loss: Any) -> keras.losses.Loss:
     return loss if isinstance(loss, keras.losses.Loss) else _FunctionLoss(loss)
 
 
-def as_batch(arguments: tuple) -> Batch:
+def as_batch(x: Any, y: Any = None, sample_weight: Any = None, *more: Any) -> Batch:
     """Returns ``(x, y, sample_weight or None)`` from what a step was called with.
 
     Args:
-        arguments: ``(x, y)``, ``(x, y, w)``, or one of these as a tuple.
+        x: inputs, or a tuple ``(x, y)`` or ``(x, y, sample_weight)`` by itself.
+        y: labels.
+        sample_weight: weights, or None.
+        *more: nothing.
 
     Returns:
         Three values.
 
     Raises:
-        ValueError: another number of values.
+        ValueError: inputs without labels, or another number of values.
     """
-    values = arguments[0] if len(arguments) == 1 else arguments
-    if not isinstance(values, tuple | list) or not 2 <= len(values) <= 3:
+    values = (x, y, sample_weight, *more)
+    if y is None:
+        values = x if isinstance(x, tuple | list) else (x,)
+    if not 2 <= len(values) <= 3:
         raise ValueError(
             "A train step takes (x, y) or (x, y, sample_weight), one by one or as a tuple. "
-            f"Received: {len(arguments)} argument(s) of {type(arguments[0]).__name__}."
+            f"Received: {len(values)} value(s), the first of {type(values[0]).__name__}."
         )
     return values[0], values[1], values[2] if len(values) == 3 else None
 

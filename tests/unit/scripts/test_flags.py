@@ -73,7 +73,7 @@ def test_defaults_are_a_run():
 )
 def test_a_value_that_no_run_can_have(changed, words):
     """Fails if a wrong value is found only after minutes of training, or never."""
-    with pytest.raises(ValueError, match="Received|--") as error:
+    with pytest.raises(ValueError, match=r"Received|--") as error:
         options(**changed)
     assert words in str(error.value)
 

@@ -380,10 +380,12 @@ def test_a_distributed_dataset_has_every_row_once(mesh):
     numbers = tf.range(13)
     elements = {"x": numbers, "y": (10 * numbers, tf.strings.as_string(numbers))}
     rows = tf.data.Dataset.from_tensor_slices(elements)
-    for batch in (1, 3, 4, 8):
-        dataset = strategy.experimental_distribute_dataset(rows.batch(batch))
+    # 12 rows in batches of a length that is static, and 13 in others.
+    for batch, count in [(3, 12), (1, 13), (3, 13), (4, 13), (8, 13)]:
+        batches = rows.take(count).batch(batch, drop_remainder=count == 12)
+        dataset = strategy.experimental_distribute_dataset(batches)
         assert isinstance(dataset, tf.distribute.DistributedDataset)
-        assert len(dataset) == int(dataset.cardinality) == -(-13 // batch)
+        assert len(dataset) == int(dataset.cardinality) == -(-count // batch)
         # Twice, as in two epochs.
         for _ in range(2):
             seen = []
@@ -396,7 +398,7 @@ def test_a_distributed_dataset_has_every_row_once(mesh):
                 texts = [[str(i).encode() for i in p] for p in parts]
                 assert local(strategy, element["y"][1]) == texts
                 seen.append([i for part in parts for i in part])
-            assert [i for row in seen for i in row] == list(range(13))
+            assert [i for row in seen for i in row] == list(range(count))
             assert {len(row) for row in seen[:-1]} == {batch}
 
 
@@ -497,6 +499,7 @@ def test_a_dataset_from_a_function_deals_batches_to_replicas(mesh):
     batches = [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9], [10]]
     batches += [[]] * (-len(batches) % n)
     seen = [(local(strategy, x), local(strategy, y["y"])) for x, y in dataset]
+    assert {len(parts) for step in seen for parts in step} == {n}
     assert [part for x, _ in seen for part in x] == batches
     assert [part for _, y in seen for part in y] == [[[i, -i] for i in b] for b in batches]
 

@@ -1,0 +1,92 @@
+"""Attention against a plain formula on one device. Parallel: `test_parallel.py`; with a cache:
+the tests of `llmos_tf.inference`."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from llmos_tf.layers import SelfAttention, rotate
+
+ROWS, LENGTH, WIDTH, HEADS, SIZE = 2, 6, 10, 4, 6
+
+
+def attention(num_kv_heads, use_bias, rope_theta):
+    layer = SelfAttention(
+        WIDTH,
+        HEADS,
+        num_kv_heads=num_kv_heads,
+        head_dim=SIZE,
+        use_bias=use_bias,
+        rope_theta=rope_theta,
+    )
+    layer.build()
+    rng = np.random.default_rng(0)
+    layer.set_weights([rng.normal(size=weight.shape) for weight in layer.weights])
+    return layer
+
+
+def projections(layer, x):
+    """Queries, keys and values of each query head."""
+    if layer.num_kv_heads == HEADS:
+        product = layer.query_key_value
+        products = np.einsum("btd,dcnh->cbtnh", x, product.kernel.numpy())
+        if product.bias is not None:
+            products += product.bias.numpy()[:, np.newaxis, np.newaxis]
+        return products
+    q = np.einsum("btd,dnh->btnh", x, layer.query.kernel.numpy())
+    k, v = np.einsum("btd,dckh->cbtkh", x, layer.key_value.kernel.numpy())
+    # Neighbouring query heads share a key-value head.
+    group = HEADS // layer.num_kv_heads
+    return q, np.repeat(k, group, axis=2), np.repeat(v, group, axis=2)
+
+
+@pytest.mark.parametrize(
+    ("num_kv_heads", "use_bias", "rope_theta"),
+    [(4, True, None), (2, False, 50.0), (1, False, None)],
+    ids=["heads", "grouped_rotary", "one_kv_head"],
+)
+def test_formula(float64, num_kv_heads, use_bias, rope_theta):
+    """Fails for a wrong scale, mask, order of heads, or query head that reads another's keys."""
+    layer = attention(num_kv_heads, use_bias, rope_theta)
+    x = np.random.default_rng(1).normal(size=(ROWS, LENGTH, WIDTH))
+    q, k, v = projections(layer, x)
+    if rope_theta is not None:
+        positions = tf.range(LENGTH)
+        q = rotate(tf.constant(q), positions, rope_theta).numpy()
+        k = rotate(tf.constant(k), positions, rope_theta).numpy()
+    scores = np.einsum("btnh,bsnh->bnts", q, k) / np.sqrt(SIZE)
+    scores = np.where(np.tril(np.ones((LENGTH, LENGTH), bool)), scores, -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    mixed = np.einsum("bnts,bsnh->btnh", weights, v)
+    expected = np.einsum("btnh,nhd->btd", mixed, layer.output_product.kernel.numpy())
+    if use_bias:
+        expected += layer.output_product.bias.numpy()
+    np.testing.assert_allclose(layer(tf.constant(x)), expected, atol=1e-11)
+
+
+def test_a_token_does_not_see_later_ones(float64):
+    """Fails if the mask lets a position see the next one."""
+    layer = attention(2, False, 50.0)
+    x = np.random.default_rng(1).normal(size=(1, LENGTH, WIDTH))
+    changed = x.copy()
+    changed[:, 4:] += 1.0
+    before, after = layer(tf.constant(x)).numpy(), layer(tf.constant(changed)).numpy()
+    assert (before[:, :4] == after[:, :4]).all()
+    assert (before[:, 4:] != after[:, 4:]).any()
+
+
+def test_softmax_is_taken_in_float32():
+    """Fails if masked scores become infinite in float16 or weights are summed in it: a row of 4,096
+    equal weights sums to 1 with float32's 24 bits, and is off by percents with float16's 11."""
+    keras.config.set_dtype_policy("mixed_float16")
+    layer = SelfAttention(2, 1)
+    layer.build()
+    zeros = [np.zeros(weight.shape) for weight in layer.weights]
+    # Queries and keys of zero: equal weights. Values and output of one.
+    zeros[0][:, 2] = 1.0
+    zeros[2][...] = 0.5
+    layer.set_weights(zeros)
+    y = layer(tf.ones([1, 4096, 2], tf.float16)).numpy()
+    np.testing.assert_allclose(y, y[0, 0, 0], rtol=5e-3)

@@ -1,0 +1,57 @@
+"""Peak rates of devices."""
+
+import pytest
+import tensorflow as tf
+
+from llmos_tf.training import flops
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Makes a GPU appear, by the name that its driver gives."""
+
+    def appear(name):
+        monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: [kind])
+        monkeypatch.setattr(
+            tf.config.experimental, "get_device_details", lambda gpu: {"device_name": name}
+        )
+        monkeypatch.setattr(flops, "_measured_rate", lambda device: 1.5)
+
+    return appear
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA A100-SXM4-40GB", 312e12),
+        ("Tesla V100-SXM2-16GB", 125e12),
+        ("NVIDIA L4", 121e12),
+    ],
+)
+def test_known_gpus(gpu, name, peak):
+    """Fails if A10 is found in A100, L4 in L40, or the devices are not counted."""
+    gpu(name)
+    rate, source = flops.peak_flops(("/GPU:0", "/GPU:1"))
+    assert rate == 2 * peak
+    assert "data sheet" in source
+
+
+def test_an_unknown_gpu_is_measured(gpu):
+    """Fails if a new GPU gets another one's figure, or stops the run."""
+    gpu("NVIDIA L40S")
+    assert flops.peak_flops(("/GPU:0", "/GPU:1")) == (3.0, "measured float32 matrix product")
+
+
+def test_virtual_cpu_devices_share_a_machine():
+    """Fails if the rate is that of one device times their number, or off by orders: a core does
+    between 1e9 and 1e12 operations a second, and a machine has less than 1,000."""
+    rate, source = flops.peak_flops(("/CPU:0", "/CPU:1"))
+    assert 1e9 < rate < 1e15
+    assert source == "measured float32 matrix product"
+
+
+def test_cpu_devices_are_measured_once(monkeypatch):
+    """Fails if the figure of one machine is multiplied by the virtual devices that share it."""
+    monkeypatch.setattr(flops, "_measured_rate", lambda device: 1.5)
+    assert flops.peak_flops(("/CPU:0", "/CPU:1", "/CPU:2"))[0] == 1.5

@@ -1,0 +1,37 @@
+"""Signals as a wish to stop."""
+
+import os
+import signal
+
+import pytest
+
+from llmos_tf.training.interrupt import GracefulStop
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_is_noted(number):
+    """Fails if a signal ends the program at once, or is not seen between two steps."""
+    with GracefulStop() as stop:
+        assert stop.requested is None
+        os.kill(os.getpid(), number)
+        assert stop.requested == signal.Signals(number).name
+
+
+def test_the_second_signal_acts_as_usual():
+    """Fails if a run that hangs in a step cannot be ended from the keyboard."""
+    with GracefulStop() as stop, pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.requested == "SIGINT"
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_handlers_are_put_back():
+    """Fails if the program around a run loses its own handlers."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
+    with GracefulStop():
+        assert [signal.getsignal(number) for number in numbers] != before
+    assert [signal.getsignal(number) for number in numbers] == before
+    with pytest.raises(RuntimeError), GracefulStop():
+        raise RuntimeError
+    assert [signal.getsignal(number) for number in numbers] == before
