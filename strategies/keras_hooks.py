@@ -17,6 +17,7 @@ from that. Inside a program these few functions of Keras are replaced, and put b
 import contextlib
 import functools
 import inspect
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -61,8 +62,8 @@ def hook_compile() -> None:
     """Has `compile` do what is right for models made under a mesh strategy's scope, from now on.
 
     It need not be called under the scope: variables of the optimizer and the metrics that were made
-    outside are made again as the mesh's. And `jit_compile` is off: XLA compiles a function for one
-    device, and a step is the work of all.
+    outside are made again as the mesh's. And `jit_compile` is off, with a warning: XLA compiles a
+    function for one device, and a step is the work of all.
     """
     original = _internal.Trainer.compile
     signature = inspect.signature(original)
@@ -73,6 +74,12 @@ def hook_compile() -> None:
         if getattr(strategy.extended, "mesh", None) is None:
             return original(model, *args, **kwargs)
         arguments = signature.bind(model, *args, **kwargs).arguments
+        if arguments.get("jit_compile") is True:
+            warnings.warn(
+                "jit_compile=True is taken as False under a mesh strategy, whose steps XLA cannot "
+                "compile yet: they run on several devices. Leave it out.",
+                stacklevel=2,
+            )
         made = tf.nest.flatten([arguments.get(name) for name in _WITH_VARIABLES])
         with strategy.scope():
             for thing in made:

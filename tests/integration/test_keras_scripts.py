@@ -440,7 +440,7 @@ def layers_with_state():
 
 
 def compiled_outside():
-    """Compiled after the scope was left, with objects from outside of it, for XLA."""
+    """Compiled after the scope was left, with objects from outside of it."""
     model = keras.Sequential([keras.Input((6,)), layers.Dense(4, "relu"), layers.Dense(1)])
 
     def work():
@@ -448,7 +448,6 @@ def compiled_outside():
             keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(0.1, 10)),
             keras.losses.BinaryCrossentropy(from_logits=True),
             metrics=[keras.metrics.AUC(from_logits=True)],
-            jit_compile=True,
         )
         return fit_arrays(model, FEATURES, BINARY)
 
@@ -573,3 +572,13 @@ def test_checkpoint_of_a_mesh_is_one_devices(float64, tmp_path):
     prediction = loaded.predict(FEATURES, verbose=0)
     np.testing.assert_allclose(prediction, results["prediction"], atol=TOLERANCE)
     assert int(loaded.optimizer.iterations) == 5
+
+
+def test_jit_compile_is_off_and_says_so():
+    """Fails if XLA is asked for and silently not used, or used and the step fails."""
+    with STRATEGIES["data2"]().scope():
+        model = keras.Sequential([keras.Input((6,)), layers.Dense(3)])
+        with pytest.warns(UserWarning, match="jit_compile=True is taken as False"):
+            model.compile("sgd", "mse", jit_compile=True)
+    model.fit(FEATURES, FEATURES[:, :3], verbose=0)
+    assert model.jit_compile is False
