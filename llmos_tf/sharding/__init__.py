@@ -3,7 +3,8 @@
 from llmos_tf.sharding.layout import Layout
 from llmos_tf.sharding.reading import layout_of, local_slice, mark_partial_gradient
 from llmos_tf.sharding.rules import LayoutRules, announce_layouts, mesh_axis_size
-from llmos_tf.sharding.variables import MetricVariable, SeedVariable, ShardedVariable
+from llmos_tf.sharding.state_variables import MetricVariable, SeedVariable
+from llmos_tf.sharding.variables import ShardedVariable
 
 __all__ = [
     "Layout",

@@ -58,7 +58,11 @@ STORED = {
 @functools.cache
 def strategy_of(mesh):
     axes, options = MESHES[mesh]
-    return MeshStrategy(axes, **options)
+    strategy = MeshStrategy(axes, **options)
+    with strategy.scope():
+        # Its rules have to match something, also where a test makes variables of its own only.
+        make_model()
+    return strategy
 
 
 def make_model(seed=0):

@@ -34,7 +34,11 @@ MESHES_OF_4 = {"fsdp2-tensor2": (Mesh(fsdp=2, tensor=2), {"layout_map": TABLE})}
 @functools.cache
 def strategy_of(mesh):
     axes, options = (MESHES | MESHES_OF_4)[mesh]
-    return MeshStrategy(axes, **options)
+    strategy = MeshStrategy(axes, **options)
+    with strategy.scope():
+        # Its rules have to match something, also where a test makes variables of its own only.
+        make_model()
+    return strategy
 
 
 def local(strategy, value):

@@ -1,0 +1,95 @@
+"""State that each rank keeps of its own rows: random streams, metrics, statistics of layers."""
+
+import tensorflow as tf
+
+from llmos_tf import _internal, collectives
+from llmos_tf.mesh import BATCH_AXES
+from llmos_tf.program import current_program
+from llmos_tf.sharding.variables import ShardedVariable, run_program
+
+
+class SeedVariable(ShardedVariable):
+    """State of a `keras.random.SeedGenerator`: another stream for each part of the batch.
+
+    The user sees the state of the first rank, which is the state on one device. A rank whose rows
+    of the batch are others adds a constant to the seed, so that dropout masks differ along the
+    axes that split the batch and agree along those that hold the same activations.
+    """
+
+    def _shift(self, rank: int, dtype: tf.DType) -> tf.Tensor:
+        # A prime of 31 bits, so that seeds of neighbouring ranks share no pattern.
+        index = self.mesh.index_along(rank, BATCH_AXES)
+        shift = tf.cast(index, dtype) * tf.constant(1_640_531_527, dtype)
+        return tf.stack([shift, tf.zeros_like(shift)])
+
+    def read(self) -> tf.Tensor:
+        """Returns this rank's state in a program, else the first rank's of the mesh."""
+        state = self._values[0].value()
+        if current_program() is not None:
+            return state
+        # In another process than the first, what is at hand is another rank's.
+        first = self._distribute_strategy.extended.local_ranks[0]
+        return state if first == 0 else state - self._shift(first, state.dtype)
+
+    def _get(self):
+        return self.read()
+
+    def _write_in_program(self, program, method: str, value: tf.Tensor) -> None:
+        del program
+        getattr(self._values[0], method)(value)
+
+    def _component_of(self, value: tf.Tensor, rank: int) -> tf.Tensor:
+        return value + self._shift(rank, value.dtype)
+
+
+class MetricVariable(_internal.SyncOnReadVariable):
+    """State of a metric: each rank counts its own rows, readers see the sum.
+
+    Ranks that differ only on axes which do not split the batch count the same rows, and are
+    counted once.
+    """
+
+    _program = None
+
+    def _update_replica(self, update_fn, value, **kwargs):
+        program = current_program()
+        if program is None or program.rows is None:
+            return super()._update_replica(update_fn, value, **kwargs)
+        # A rank without rows of its own counts nothing.
+        component = self._values[0]
+        before = component.value()
+        update_fn(component, value, **kwargs)
+        return component.assign(tf.where(program.rows > 0, component.value(), before))
+
+    def _get(self):
+        if current_program() is not None and _internal.in_synced_reads():
+            return self._total()
+        return super()._get()
+
+    def _dense_var_to_tensor(self, dtype=None, name=None, as_ref=False):
+        if current_program() is not None and _internal.in_synced_reads():
+            return tf.convert_to_tensor(self._total(), dtype=dtype, name=name)
+        return super()._dense_var_to_tensor(dtype, name, as_ref)
+
+    def _get_cross_replica(self):
+        extended = self._distribute_strategy.extended
+        if extended.spans_processes:
+            return run_program(self, self._total)
+        if self._aggregation == tf.VariableAggregation.ONLY_FIRST_REPLICA:
+            return self._get_replica(0)
+        components = [self._values[i] for i in extended.batch_representatives]
+        with tf.device("CPU:0"):
+            total = tf.add_n([component.read_value() for component in components])
+            if self._aggregation == tf.VariableAggregation.MEAN:
+                total /= tf.cast(len(components), total.dtype)
+        return total
+
+    def _total(self) -> tf.Tensor:
+        """The same in a program."""
+        mine = self._get_replica(0).read_value()
+        if self._aggregation == tf.VariableAggregation.ONLY_FIRST_REPLICA:
+            return collectives.broadcast(mine, BATCH_AXES)
+        total = collectives.all_reduce(mine, BATCH_AXES)
+        if self._aggregation == tf.VariableAggregation.MEAN:
+            total /= tf.cast(collectives.axis_size(BATCH_AXES), total.dtype)
+        return total
