@@ -1,4 +1,4 @@
-"""State that each rank keeps of its own rows: random streams, metrics, statistics of layers."""
+"""State that each rank keeps of its own rows: random streams and metrics."""
 
 import tensorflow as tf
 
