@@ -21,18 +21,25 @@ from llmos_tf.mesh import Mesh
 FLAGS = flags.FLAGS
 
 flags.DEFINE_string("preset", "gpt_tiny", "Model size, a name in llmos_tf.models.PRESETS.")
-flags.DEFINE_string(
+flags.DEFINE_multi_string(
     "mesh",
     None,
     "Mesh axes, such as data=2,tensor=4; 1 for one device. By default data over all GPUs; without "
-    "any, data=2,tensor=2 on virtual CPU devices.",
+    "any, data=2,tensor=2 on virtual CPU devices. llmos-verify takes several, --mesh for each, by "
+    "default data=2 and fsdp=2.",
 )
+# absl adds a sentence of its own.
+FLAGS["mesh"].help = FLAGS["mesh"].help.rpartition(";")[0]
 flags.DEFINE_integer("zero_stage", 0, "ZeRO stage, 0 to 3; 3 needs an fsdp axis.")
 flags.DEFINE_bool("sequence_parallel", False, "Also split positions over the tensor axis.")
 flags.DEFINE_integer("virtual_devices", None, "CPU devices to make; by default what --mesh needs.")
 flags.DEFINE_integer("global_batch", 16, "Sequences in a step, over all devices.")
 flags.DEFINE_integer("seq_len", None, "Tokens in a sequence; by default all the model's positions.")
-flags.DEFINE_integer("steps", 900, "Steps to train, counted from the first start.")
+flags.DEFINE_integer(
+    "steps",
+    None,
+    "Steps to train, counted from the first start, by default 900; steps to verify, by default 5.",
+)
 flags.DEFINE_float("learning_rate", 4e-3, "Peak learning rate, after a warm-up; then a cosine.")
 flags.DEFINE_string("data", "stdlib", "Corpus: stdlib, or a glob of text or .jsonl files.")
 flags.DEFINE_string("tokenizer", None, "A tokenizer.json; by default the bytes are the tokens.")
@@ -47,6 +54,25 @@ flags.DEFINE_integer("max_new_tokens", None, "Tokens to add; by default all posi
 flags.DEFINE_float("temperature", 0.7, "Divides the logits; 0 takes the likeliest token.")
 flags.DEFINE_integer("top_k", None, "Sample among the k likeliest tokens.")
 flags.DEFINE_float("top_p", None, "Sample among the likeliest tokens of this probability together.")
+flags.DEFINE_string("model", None, "MODULE:FUNCTION that returns a compiled keras.Model.")
+flags.DEFINE_string(
+    "batches",
+    None,
+    "MODULE:FUNCTION that yields global batches (x, y) or (x, y, sample_weights).",
+)
+flags.DEFINE_string(
+    "layout_map",
+    None,
+    "MODULE:FUNCTION that returns layouts for the tensor axis, such as "
+    "{'.*/dense/kernel': (None, 'tensor')}; by default the model's own.",
+)
+flags.DEFINE_string("dtype", "float64", "Dtype policy in which all runs are made.")
+flags.DEFINE_float(
+    "tolerance",
+    None,
+    "Allowed is |Δ| <= tolerance · (1 + |value on one device|). By default 1e-9 in float64, 1e-4 "
+    "in float32, 1e-2 in mixed_bfloat16 and mixed_float16.",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,11 +114,7 @@ class RunOptions:
         for name in ("data", "mesh"):
             if not getattr(self, name):
                 raise ValueError(f"--{name} is empty. See --help for what it takes.")
-        if self.json and not Path(self.json).absolute().parent.is_dir():
-            raise ValueError(
-                f"--json={self.json}: the folder {Path(self.json).absolute().parent} does not "
-                "exist. Make it first, or name a file in another one."
-            )
+        _check_folder_of(self.json)
         if self.resume and not self.workdir:
             raise ValueError("--resume goes on from a checkpoint in --workdir. Name the folder.")
         if self.parsed_mesh.batch_ways > 1 and self.global_batch % self.parsed_mesh.batch_ways:
@@ -112,6 +134,53 @@ class RunOptions:
         return asdict(self)
 
 
+@dataclass(frozen=True, kw_only=True)
+class VerifyOptions:
+    """What the flags of llmos-verify said, checked. Fields have the flags' names and meanings.
+
+    Raises:
+        ValueError: a value that no verification can have.
+    """
+
+    model: str
+    batches: str
+    mesh: tuple[str, ...]
+    zero_stage: int
+    sequence_parallel: bool
+    layout_map: str | None
+    steps: int
+    dtype: str
+    tolerance: float | None
+    virtual_devices: int | None
+    seed: int
+    json: str | None
+
+    def __post_init__(self):
+        for name, what in (
+            ("model", "makes a compiled model"),
+            ("batches", "yields global batches"),
+        ):
+            if not getattr(self, name):
+                raise ValueError(
+                    f"--{name}=MODULE:FUNCTION is missing: the function that {what}. "
+                    "See --help for an example."
+                )
+        if self.steps < 1:
+            raise ValueError(f"--steps is at least 1. Received: {self.steps}.")
+        if not 0 <= self.seed < 2**31:
+            raise ValueError(f"--seed is from 0 to {2**31 - 1}. Received: {self.seed}.")
+        if len(set(map(str, self.parsed_meshes))) < len(self.mesh):
+            raise ValueError(
+                f"A mesh is given twice. Received: --mesh={' --mesh='.join(self.mesh)}."
+            )
+        _check_folder_of(self.json)
+
+    @property
+    def parsed_meshes(self) -> list[Mesh]:
+        """The meshes, without devices."""
+        return [Mesh.from_string(text) for text in self.mesh]
+
+
 def options_from_flags() -> RunOptions:
     """Returns the options of this run.
 
@@ -124,8 +193,28 @@ def options_from_flags() -> RunOptions:
     values = {name: FLAGS[name].value for name in RunOptions.__dataclass_fields__}
     if values["mesh"] is None:
         gpus = len(tf.config.list_physical_devices("GPU"))
-        values["mesh"] = f"data={gpus}" if gpus else "data=2,tensor=2"
+        values["mesh"] = [f"data={gpus}" if gpus else "data=2,tensor=2"]
+    # The last one counts, as of any flag.
+    values["mesh"] = values["mesh"][-1]
+    if values["steps"] is None:
+        values["steps"] = 900
     return RunOptions(**values)
+
+
+def verify_options_from_flags() -> VerifyOptions:
+    """Returns the options of a verification.
+
+    Returns:
+        The options, checked.
+
+    Raises:
+        ValueError: flags that do not go together.
+    """  # noqa: DOC502
+    values = {name: FLAGS[name].value for name in VerifyOptions.__dataclass_fields__}
+    values["mesh"] = tuple(values["mesh"] or ("data=2", "fsdp=2"))
+    if values["steps"] is None:
+        values["steps"] = 5
+    return VerifyOptions(**values)
 
 
 def start(main: Callable[[], int | None], used: Sequence[str]) -> None:
@@ -163,6 +252,15 @@ def refuse(message: str) -> None:
     name = Path(sys.argv[0]).stem
     print(f"{name}: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)
+
+
+def _check_folder_of(path: str | None) -> None:
+    """Finds before the run that its results could not be written."""
+    if path and not Path(path).absolute().parent.is_dir():
+        raise ValueError(
+            f"--json={path}: the folder {Path(path).absolute().parent} does not exist. Make it "
+            "first, or name a file in another one."
+        )
 
 
 def _parse(argv: list[str], doc: str | None, names: Sequence[str]) -> list[str]:

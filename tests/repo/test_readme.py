@@ -1,5 +1,6 @@
 """The README: its example runs and shows what it says, its commands and links exist."""
 
+import os
 import re
 import subprocess
 import sys
@@ -28,10 +29,30 @@ def test_the_example_trains_the_same_weights(tmp_path):
     assert float(done.stdout.split()[-1]) < 1e-6
 
 
+@pytest.mark.slow
+def test_the_verification_runs_as_it_is_pasted(tmp_path):
+    """Fails if the block of the README does not run in an empty folder, or prints another table."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+    (script,) = (block for block in blocks if "\nllmos-verify" in block)
+    # The program of this checkout, installed or not.
+    script = script.replace("\nllmos-verify", f"\n{sys.executable} -m llmos_tf.scripts.verify")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        ["bash", "-c", script], capture_output=True, text=True, cwd=tmp_path, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    (table,) = (block for block in blocks if block.startswith("mesh "))
+    for line in table.splitlines()[:-1]:
+        # The figures are roundings, and may be others on another machine.
+        first, *_, last = line.split()
+        assert re.search(rf"^ *{re.escape(first)}.*{last}$", done.stdout, re.MULTILINE), line
+    assert "All agree." in done.stdout
+
+
 def test_the_programs_and_flags_exist():
     """Fails for a command that was renamed, or a flag that is not there any more."""
-    found = re.findall(r"llmos-(\w+)((?: +--?[\w=,.\'*/]+)*)", README)
-    assert {name for name, _ in found} == {"train", "evaluate", "generate"}
+    found = re.findall(r"llmos-(\w+)((?: +--?[\w=,.:\'*/]+)*)", README)
+    assert {name for name, _ in found} == {"train", "evaluate", "generate", "verify"}
     for _, flags in found:
         for flag in re.findall(r"--(\w+)", flags):
             assert flag in FLAGS or flag == "help", flag
