@@ -13,11 +13,26 @@ from typing import Any
 # Base classes of the loss, trainer and optimizer that `fit` runs. Keras has no public hook between
 # "local gradients" and "update", nor one for the divisor of a loss, so the step wraps these.
 from keras.src.backend.common.name_scope import current_path
+
+# `keras.remat` and `keras.RematScope` call its `remat`, for which there is no public hook.
+# Keras's ops ask its `Variable` for a shape, which is a part's where a rank updates one.
+from keras.src.backend.tensorflow import core as keras_core
 from keras.src.backend.tensorflow.optimizer import TFOptimizer
+from keras.src.backend.tensorflow.trainer import TensorFlowTrainer
+
+# What `Model.save`, `save_weights` and the functions of `keras.saving` all end in.
+from keras.src.legacy.saving import legacy_h5_format
 from keras.src.losses import loss as keras_loss
 from keras.src.optimizers.base_optimizer import BaseOptimizer
 from keras.src.optimizers.loss_scale_optimizer import LossScaleOptimizer
+from keras.src.saving import saving_lib
 from keras.src.trainers.trainer import Trainer
+
+# The seed of `keras.utils.set_random_seed` cannot be asked for publicly.
+from keras.src.utils.rng_utils import get_random_seed as keras_random_seed
+
+# The coordination service, by which processes notice that another has died, and agree on things.
+from tensorflow.compiler.xla.tsl.protobuf.coordination_config_pb2 import CoordinatedJob
 
 # The message that describes a process of a cluster; `tf.distribute.Server` starts a server of its
 # own instead of joining the eager runtime to the cluster.
@@ -33,6 +48,7 @@ from tensorflow.python.distribute import (
 from tensorflow.python.distribute.mirrored_strategy import MirroredExtended
 from tensorflow.python.distribute.values import (
     MirroredVariable,
+    PerReplica,
     PerReplicaSpec,
     SyncOnReadVariable,
 )
@@ -53,6 +69,10 @@ from tensorflow.python.framework.auto_control_deps_utils import (
 
 # `tf.type_spec_from_value` is public; the base class of a user-defined CompositeTensor is not.
 from tensorflow.python.framework.composite_tensor import CompositeTensor
+
+# `tf.Variable` goes through the creators of the scope that is entered, and makes a variable of the
+# mesh there; an exported model has plain ones.
+from tensorflow.python.ops.resource_variable_ops import ResourceVariable
 from tensorflow.python.types.distribute import (
     DistributedDatasetInterface,
     DistributedIteratorInterface,
@@ -61,27 +81,39 @@ from tensorflow.python.types.distribute import (
 __all__ = [
     "BaseOptimizer",
     "CompositeTensor",
+    "CoordinatedJob",
     "DistributedDataset",
     "DistributedIteratorInterface",
     "LossScaleOptimizer",
     "MirroredExtended",
     "MirroredVariable",
+    "PerReplica",
     "PerReplicaSpec",
     "ReplicaContext",
+    "ResourceVariable",
     "ServerDef",
     "SyncOnReadVariable",
     "TFOptimizer",
+    "TensorFlowTrainer",
     "Trainer",
     "call_with_captures",
     "captured_container",
+    "connected_cluster",
     "current_path",
     "eager_context",
     "in_synced_reads",
+    "is_keras_predict_step",
     "is_keras_step",
+    "keras_core",
     "keras_loss",
+    "keras_random_seed",
+    "legacy_h5_format",
+    "lost_workers",
+    "op_seeds",
     "patched",
     "regroup",
     "reserve_collective_keys",
+    "saving_lib",
     "select_replica",
     "stop_recording",
     "synced_reads",
@@ -123,8 +155,35 @@ def is_keras_step(fn: Any) -> bool:
         fn = fn.__wrapped__
     if isinstance(getattr(fn, "__self__", None), Trainer):
         return fn.__name__ in ("train_step", "test_step")
+    return is_keras_predict_step(fn)
+
+
+def is_keras_predict_step(fn: Any) -> bool:
+    """Returns whether a function is the step of `predict`."""
+    while hasattr(fn, "__wrapped__"):
+        fn = fn.__wrapped__
     name = getattr(fn, "__qualname__", "")
     return name == "TensorFlowTrainer.make_predict_function.<locals>.one_step_on_data"
+
+
+def connected_cluster() -> tuple[list[str], int] | None:
+    """Returns the addresses of the processes this one has joined and its index, or None."""
+    server = eager_context.context()._collective_ops_server_def
+    if server is None:
+        return None
+    (job,) = server.cluster.job
+    return [job.tasks[task] for task in sorted(job.tasks)], server.task_index
+
+
+def lost_workers(count: int) -> list[int]:
+    """Returns which of the processes of a cluster the coordination service has lost."""
+    states = eager_context.context().get_task_states([("worker", count)])
+    return [task for task, state in enumerate(states) if state is not None]
+
+
+def op_seeds() -> Any:
+    """Returns the generator by which TensorFlow gives eager ops their seeds, a `random.Random`."""
+    return eager_context.context()._rng
 
 
 def captured_container(tensor: Any) -> Any:

@@ -1,12 +1,20 @@
 """Devices: list them, make virtual CPU devices, join a cluster of processes."""
 
 import json
+import socket
+import time
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import tensorflow as tf
 
 from llmos_tf import _internal
 from llmos_tf.mesh import Mesh
+
+# Seconds: machines of a cluster may take minutes to start.
+CONNECT_TIMEOUT = 600.0
+# Seconds without a sign of life after which a process is taken for dead.
+HEARTBEAT_TIMEOUT = 30
 
 
 def configure_virtual_cpus(count: int) -> None:
@@ -40,9 +48,23 @@ def configure_virtual_cpus(count: int) -> None:
 
 
 def visible_devices() -> tuple[str, ...]:
-    """Returns the names of all devices to train on: the GPUs if there are any, else the CPUs."""
-    devices = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")
-    return tuple(device.name for device in devices)
+    """Returns this process's devices to train on: the GPUs if there are any, else the CPUs."""
+    own = [
+        [device.name for device in tf.config.list_logical_devices(kind) if is_local(device.name)]
+        for kind in ("GPU", "CPU")
+    ]
+    return tuple(own[0] or own[1])
+
+
+def cluster_devices() -> tuple[str, ...]:
+    """Returns the devices to train on of all processes, those of the first one first.
+
+    Returns:
+        Names of the GPUs if there are any, else of the CPUs.
+    """
+    found = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")
+    # TensorFlow lists the own ones first.
+    return tuple(sorted((device.name for device in found), key=_place))
 
 
 def resolve(mesh: Mesh) -> Mesh:
@@ -93,34 +115,36 @@ def process_of(device: str) -> tuple[str, int]:
     Returns:
         Its job and task.
     """
-    spec = tf.DeviceSpec.from_string(device)
+    spec = _this_process().make_merged_spec(tf.DeviceSpec.from_string(device))
     return spec.job, spec.task
 
 
-def connect_workers(cluster: Mapping[str, Sequence[str]], task: int) -> None:
+def connect_workers(
+    cluster: Mapping[str, Sequence[str]], task: int, timeout: float = CONNECT_TIMEOUT
+) -> None:
     """Joins this process to others, so that collectives reach their devices.
 
-    Every process calls it once, first thing, with the same cluster. Devices are then named
-    ``/job:worker/replica:0/task:K/device:CPU:I``.
+    Every process calls it once, first thing, with the same cluster; again with the same arguments
+    it does nothing. Devices are then named ``/job:worker/replica:0/task:K/device:CPU:I``. When a
+    process dies later, the others' collectives fail, within half a minute, instead of waiting.
 
     Args:
         cluster: ``{"worker": ["host:port", ...]}``, as in TF_CONFIG.
         task: index of this process among the workers.
+        timeout: seconds to wait for the others to start.
 
     Raises:
         ValueError: the cluster has no workers, or `task` is not one of them.
-    """
+        RuntimeError: TensorFlow has started its devices already, or joined another cluster; or the
+            port of this process is taken.
+        TimeoutError: some of the others did not start in time.
+    """  # noqa: DOC502
     workers = list(cluster.get("worker", ()))
-    if not 0 <= task < len(workers):
-        raise ValueError(
-            "A cluster is {'worker': ['host:port', ...]} and a task an index into it. "
-            f"Received: cluster={json.dumps(dict(cluster))}, task={task}."
-        )
+    if _has_joined(workers, task):
+        return
     context = _internal.eager_context.context()
-    context.configure_collective_ops(
-        collective_leader="/job:worker/replica:0/task:0",
-        device_filters=(f"/job:worker/task:{task}",),
-    )
+    _configure(context, task, len(workers))
+    _await_workers(workers, task, timeout)
     server = _internal.ServerDef(
         cluster=tf.train.ClusterSpec({"worker": workers}).as_cluster_def(),
         default_session_config=context.config,
@@ -132,11 +156,105 @@ def connect_workers(cluster: Mapping[str, Sequence[str]], task: int) -> None:
     context.ensure_initialized()
 
 
+def _has_joined(workers: list[str], task: int) -> bool:
+    """Whether this process has joined these already."""
+    if not 0 <= task < len(workers):
+        raise ValueError(
+            "A cluster is {'worker': ['host:port', ...]} and a task an index into it. "
+            f"Received: cluster={json.dumps({'worker': workers})}, task={task}."
+        )
+    joined = _internal.connected_cluster()
+    if joined not in (None, (workers, task)):
+        raise RuntimeError(
+            f"This process has joined the workers {joined[0]} as task {joined[1]}. A process can "
+            f"join one cluster only. Received: {workers}, task {task}."
+        )
+    return joined is not None
+
+
+def _configure(context: Any, task: int, num_workers: int) -> None:
+    """What has to be said before TensorFlow starts its devices."""
+    leader = "/job:worker/replica:0/task:0"
+    try:
+        context.configure_collective_ops(
+            collective_leader=leader, device_filters=(f"/job:worker/task:{task}",)
+        )
+    except RuntimeError as error:
+        raise RuntimeError(
+            "TensorFlow has already started its devices, and a process can join others only "
+            "before that. Make the strategy (or call connect_workers) first thing in the program, "
+            "before any tensor, variable, dataset, model or other strategy, and before "
+            "tf.config.list_logical_devices. Seeds and virtual CPU devices may be set before."
+        ) from error
+    context.configure_coordination_service(
+        "standalone",
+        service_leader=leader,
+        heartbeat_timeout_in_ms=HEARTBEAT_TIMEOUT * 1000,
+        coordinated_jobs=[_internal.CoordinatedJob(name="worker", num_tasks=num_workers)],
+    )
+
+
+def _await_workers(workers: Sequence[str], task: int, timeout: float) -> None:
+    """Returns when every other process can be reached.
+
+    TensorFlow waits for them in one call that nothing interrupts, not even Ctrl-C. So this looks
+    first whether they are there, and lets them see that this one is, by a port that listens.
+    """
+    missing = {i: address for i, address in enumerate(workers) if i != task}
+    deadline = time.monotonic() + timeout
+    with _listen(workers[task]):
+        while missing:
+            missing = {i: one for i, one in missing.items() if not _answers(one)}
+            if missing and time.monotonic() > deadline:
+                names = ", ".join(f"{i} ({address})" for i, address in missing.items())
+                raise TimeoutError(
+                    f"Worker {task} ({workers[task]}) has waited {timeout:.0f} seconds for the "
+                    f"workers {names}, which do not answer. Start the same script on each of "
+                    "them, with its own task index in TF_CONFIG, and see that their ports can be "
+                    "reached from here. If they take longer to start, raise timeout=."
+                )
+            if missing:
+                time.sleep(0.1)
+
+
+def _listen(address: str) -> socket.socket:
+    """A socket that others can connect to, until TensorFlow takes over the port."""
+    port = int(address.rpartition(":")[2])
+    try:
+        if socket.has_dualstack_ipv6():
+            return socket.create_server(
+                ("", port), family=socket.AF_INET6, backlog=128, dualstack_ipv6=True
+            )
+        return socket.create_server(("", port), backlog=128)
+    except OSError as error:
+        raise RuntimeError(
+            f"This process cannot listen at its address {address}: {error}. Another program, "
+            "perhaps of an earlier run, has the port; end it, or choose another port."
+        ) from error
+
+
+def _answers(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
+    except OSError:
+        return False
+    return True
+
+
 def _this_process() -> tf.DeviceSpec:
     """The name that the devices of this process have in common."""
-    spec = tf.DeviceSpec.from_string(tf.config.list_logical_devices("CPU")[0].name)
-    # Outside a cluster TensorFlow lists devices without it, and shows them in variables with it.
-    return tf.DeviceSpec(job=spec.job or "localhost", replica=0, task=spec.task or 0)
+    joined = _internal.connected_cluster()
+    if joined is not None:
+        return tf.DeviceSpec(job="worker", replica=0, task=joined[1])
+    # TensorFlow lists devices without it, and shows them in variables with it.
+    return tf.DeviceSpec(job="localhost", replica=0, task=0)
+
+
+def _place(name: str) -> tuple[int, int]:
+    """A device's process and its number there."""
+    spec = tf.DeviceSpec.from_string(name)
+    return spec.task or 0, spec.device_index
 
 
 def _full_name(device: str) -> str:

@@ -8,6 +8,7 @@ if __name__ != "llmos_tf.strategies":
 
 from llmos_tf.strategies.data_parallel import DataParallelStrategy
 from llmos_tf.strategies.mesh import MeshStrategy
+from llmos_tf.strategies.multi_worker import MultiWorkerMeshStrategy
 from llmos_tf.strategies.tensor_parallel import TensorParallelStrategy
 from llmos_tf.strategies.tpu import TPUMeshStrategy
 from llmos_tf.strategies.zero import ZeroStrategy
@@ -15,6 +16,7 @@ from llmos_tf.strategies.zero import ZeroStrategy
 __all__ = [
     "DataParallelStrategy",
     "MeshStrategy",
+    "MultiWorkerMeshStrategy",
     "TPUMeshStrategy",
     "TensorParallelStrategy",
     "ZeroStrategy",

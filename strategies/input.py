@@ -139,7 +139,10 @@ class MeshIterator(_internal.DistributedIteratorInterface, _internal.CompositeTe
 
     def get_next(self) -> Any:
         """Returns the next batch as per-replica values."""
-        return regroup_rows(self._iterator.get_next(), self._is_split)
+        batch = regroup_rows(self._iterator.get_next(), self._is_split)
+        if not self._is_split or not tf.executing_eagerly():
+            return batch
+        return tf.nest.map_structure(_declared, batch, self.element_spec)
 
     def get_next_as_optional(self) -> "MeshOptional":
         """Returns the next batch, or an empty optional at the end."""
@@ -153,6 +156,31 @@ class MeshIterator(_internal.DistributedIteratorInterface, _internal.CompositeTe
     @property
     def _type_spec(self) -> "MeshIteratorSpec":
         return MeshIteratorSpec(tf.type_spec_from_value(self._iterator), self._is_split)
+
+
+class RowsPerReplica(_internal.PerReplica):
+    """Rows of a batch whose type is that of their dataset, where a `tf.function` is given them.
+
+    By their own shapes one process would trace a step again, for the rows of an uneven batch, while
+    another, whose rows are as many as before, would not; and each would wait for the other.
+
+    Args:
+        values: a tensor for each replica of this process.
+        spec: the dataset's per-replica spec.
+    """
+
+    def __init__(self, values: tuple, spec: tf.TypeSpec):
+        super().__init__(values)
+        self._spec = spec
+
+    @property
+    def _type_spec(self) -> tf.TypeSpec:
+        return self._spec
+
+
+def _declared(value: Any, spec: tf.TypeSpec) -> Any:
+    """A per-replica value of the type that its dataset declares."""
+    return RowsPerReplica(value.values, spec) if type(value) is _internal.PerReplica else value
 
 
 class MeshIteratorSpec(tf.TypeSpec):
@@ -343,7 +371,11 @@ def _rows(x: Any, index: int, ways: int) -> Any:
     if ways == 1 or x is None:
         return x
     static = x.shape[0] if x.shape.rank is not None else None
-    if static is not None:
+    if static is not None and static % ways == 0:
         return x[index * static // ways : (index + 1) * static // ways]
+    if isinstance(x, tf.Tensor) and static is not None and tf.is_symbolic_tensor(x):
+        # Other parts of the batch, of which another process knows, have other lengths: so that all
+        # trace the same program, none knows the length of its own.
+        x = tf.compat.v1.placeholder_with_default(x, [None, *x.shape[1:]])
     rows = x.nrows() if isinstance(x, tf.RaggedTensor) else tf.shape(x)[0]
     return x[index * rows // ways : (index + 1) * rows // ways]

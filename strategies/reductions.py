@@ -5,13 +5,15 @@ returned. Where other processes hold some of it, a small program does it by coll
 process calls them alike.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import tensorflow as tf
 
-from llmos_tf import _internal, collectives
+from llmos_tf import _internal, batch, collectives
 from llmos_tf.mesh import BATCH_AXES
+from llmos_tf.program import current_program
 
 
 def values_of(value: Any) -> list[tf.Tensor]:
@@ -136,6 +138,35 @@ def all_gather(x: tf.Tensor, axis: int) -> tf.Tensor:
     (filled,) = aligned([x], axis, length)
     gathered = collectives.all_gather(filled, BATCH_AXES, axis)
     return tf.boolean_mask(gathered, _mask(counts, length), axis=axis % x.shape.rank)
+
+
+def run_gathering(extended: Any, fn: Callable, args: tuple, kwargs: dict) -> Any:
+    """Runs a replica function, and concatenates what the replicas of all processes return.
+
+    Args:
+        extended: the strategy's `MeshExtended`.
+        fn: a function that weighs rows, such as the step of `predict`.
+        args: its arguments.
+        kwargs: its keyword arguments.
+
+    Returns:
+        Its results, of all rows in the order of the batch, in each process.
+    """
+
+    @functools.wraps(fn)
+    def everywhere(*args, **kwargs):
+        result = tf.nest.map_structure(_of_all_rows, fn(*args, **kwargs))
+        # All rows are no longer some rank's own.
+        current_program().rows = None
+        return result
+
+    results = extended.engine.run(everywhere, args, kwargs)
+    return tf.nest.map_structure(lambda x: values_of(x)[0], results)
+
+
+def _of_all_rows(x: Any) -> tf.Tensor:
+    x = tf.convert_to_tensor(x)
+    return all_gather(batch.own_rows(x) if x.shape.rank else x[tf.newaxis], 0)
 
 
 def _at(x: tf.Tensor, axis: int, padding: list) -> list:

@@ -1,11 +1,13 @@
 """Two processes, two devices each: what spans them is what one process, or numpy, computes.
 
-Both run `worker.py` once; each test here looks up one of its checks. The mesh lies on the devices
-in two ways, so that each axis is once within a process and once across.
+Both run `worker.py` once, and two others `strategy_worker.py`; each test here looks up one of their
+checks.
 """
 
 import ast
 import contextlib
+import functools
+import json
 import os
 import socket
 import subprocess
@@ -16,21 +18,24 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-WORKER = Path(__file__).with_name("worker.py")
+# What spans processes, and a strategy's stock Keras scripts.
+WORKERS = ["worker.py", "strategy_worker.py"]
 NUM_PROCESSES = 2
 # Seconds; alone they take some 25. A worker that waits ends after 200 and shows where.
 TIME_LIMIT = 220
-PORT_TAKEN = "Could not start gRPC server"
+PORT_TAKEN = ("Could not start gRPC server", "cannot listen at its address")
 
 pytestmark = pytest.mark.slow
 
 
 def checks():
-    """Names of the worker's checks, read and not imported: it must not meet this process's mesh."""
-    tree = ast.parse(WORKER.read_text(encoding="utf-8"))
-    names = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
-    found = [name for name in names if name.startswith("check_")]
-    assert found
+    """Workers and their checks, read and not imported: they must not meet this process's mesh."""
+    found = []
+    for worker in WORKERS:
+        tree = ast.parse(Path(__file__).with_name(worker).read_text(encoding="utf-8"))
+        names = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
+        found += [(worker, name) for name in names if name.startswith("check_")]
+    assert {worker for worker, _ in found} == set(WORKERS)
     return found
 
 
@@ -43,16 +48,22 @@ def free_ports(count):
         return [one.getsockname()[1] for one in sockets]
 
 
-def start(task, ports, log):
+def start(worker, task, ports, folder, log):
     environment = {k: v for k, v in os.environ.items() if k != "TF_CONFIG"}
     environment["PYTHONPATH"] = str(ROOT)
     # They talk to each other and not by way of a proxy.
     environment["no_proxy"] = "localhost"
-    command = [sys.executable, str(WORKER), str(task), ",".join(map(str, ports))]
+    arguments = [str(task), ",".join(map(str, ports))]
+    if worker == "strategy_worker.py":
+        cluster = {"worker": [f"localhost:{port}" for port in ports]}
+        config = {"cluster": cluster, "task": {"type": "worker", "index": task}}
+        environment["TF_CONFIG"] = json.dumps(config)
+        arguments = [str(folder)]
+    command = [sys.executable, str(Path(__file__).with_name(worker)), *arguments]
     return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
 
 
-def run_workers(folder):
+def run_workers(worker, folder):
     """Runs both to their end, or until one fails or time is up; returns what each has printed.
 
     One that fails leaves the other waiting for it, so then both are killed.
@@ -61,7 +72,7 @@ def run_workers(folder):
     paths = [folder / f"worker_{task}.log" for task in range(NUM_PROCESSES)]
     with contextlib.ExitStack() as stack:
         logs = [stack.enter_context(path.open("wb")) for path in paths]
-        workers = [start(task, ports, log) for task, log in enumerate(logs)]
+        workers = [start(worker, task, ports, folder, log) for task, log in enumerate(logs)]
         deadline = time.monotonic() + TIME_LIMIT
         try:
             while time.monotonic() < deadline:
@@ -81,17 +92,22 @@ def run_workers(folder):
 
 
 @pytest.fixture(scope="module")
-def outputs(tmp_path_factory):
-    for _ in range(3):
-        printed = run_workers(tmp_path_factory.mktemp("workers"))
-        # Another process may have taken the port in between.
-        if not any(PORT_TAKEN in text for text in printed):
-            break
-    return printed
+def outputs_of(tmp_path_factory):
+    @functools.cache
+    def run(worker):
+        for _ in range(3):
+            printed = run_workers(worker, tmp_path_factory.mktemp("workers"))
+            # Another process may have taken the port in between.
+            if not any(taken in text for text in printed for taken in PORT_TAKEN):
+                break
+        return printed
+
+    return run
 
 
-@pytest.mark.parametrize("check", checks())
-def test_two_processes(outputs, check):
+@pytest.mark.parametrize(("worker", "check"), checks())
+def test_two_processes(outputs_of, worker, check):
     """Catches what each check of the worker says: see there."""
+    outputs = outputs_of(worker)
     for text in outputs:
         assert f"passed {check}\n" in text, "\n".join(outputs)

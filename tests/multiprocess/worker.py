@@ -166,7 +166,7 @@ def check_train_step_fsdp_across():
 
 def check_values_outside_programs():
     """Catches a reduce, gather, dataset, seed or metric that knows of its own process only."""
-    local = tf.config.list_logical_devices("CPU")[0].name
+    local = devices.visible_devices()[0]
     mesh = Mesh(data=2, fsdp=2, devices=FIRST_ACROSS)
     strategy = MeshStrategy(mesh)
     task = tf.DeviceSpec.from_string(local).task

@@ -22,12 +22,14 @@ FOLDERS = {
 RANKS = {
     "llmos_tf.config": 0,  # no TensorFlow
     "llmos_tf._internal": 0,  # every private import of TensorFlow and Keras
+    "llmos_tf.agreement": 1,
     "llmos_tf.devices": 1,
     "llmos_tf.mesh": 1,  # numpy only
     "llmos_tf.data": 1,
     "llmos_tf.planning": 1,  # no TensorFlow
     "llmos_tf.strategies.schedules": 1,  # plain data, read by the executor and by planning
     "llmos_tf.program": 2,
+    "llmos_tf.blocks": 2,
     "llmos_tf.collectives": 2,
     "llmos_tf.batch": 2,
     "llmos_tf.sharding": 2,

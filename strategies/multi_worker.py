@@ -1,0 +1,165 @@
+"""A mesh over the devices of several processes, on one machine or many."""
+
+import json
+import os
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from llmos_tf import devices
+from llmos_tf.agreement import Agreement
+from llmos_tf.mesh import Mesh
+from llmos_tf.strategies.chief_files import hook_files
+from llmos_tf.strategies.mesh import MeshStrategy
+
+_EXAMPLE = (
+    'TF_CONFIG=\'{"cluster": {"worker": ["host0:12345", "host1:12345"]}, '
+    '"task": {"type": "worker", "index": 0}}\', with index 1 on the second host'
+)
+
+
+class MultiWorkerMeshStrategy(MeshStrategy):
+    """Trains Keras models over the devices of several processes, with the weights of one device.
+
+    Every process runs the same script on the same data; set up as for
+    `tf.distribute.MultiWorkerMirroredStrategy`, by TF_CONFIG or a cluster resolver. It is made
+    first thing in the script, because TensorFlow joins processes only before it starts its devices.
+
+    Ranks count the devices of worker 0 first, then those of worker 1, and so on. The axes of a mesh
+    lie on the ranks in the order pipe, data, fsdp, expert, context, tensor, of which the last are
+    neighbours. So with two workers of four devices ``Mesh(data=2, tensor=4)`` keeps `tensor`, which
+    communicates most, inside each worker, and `data` crosses. ``Mesh(data=2, fsdp=4)`` keeps `fsdp`
+    inside, and in ``Mesh(fsdp=8)`` it crosses. A `tensor` axis that crosses works, slowly. Give
+    ``Mesh(devices=[...])`` by full names for another order.
+
+    What one device would do, each process does and sees: a `fit` on arrays, or on a dataset of
+    global batches, of which every replica takes its rows; history, `evaluate` and `predict`.
+    `model.save`, and Keras's callbacks, write files in process 0 only. `BackupAndRestore` and
+    `load_model` read in every process, so that they need a disk that all see.
+
+    The processes have the random state of process 0, so a script needs no seed. But data that a
+    script makes by itself has to be the same everywhere: seed `numpy.random.default_rng`.
+
+    Args:
+        mesh: the axes, over all devices of all workers; None for all of them on `data`.
+        cluster_resolver: names the workers and this one, such as
+            `tf.distribute.cluster_resolver.SlurmClusterResolver`; None reads TF_CONFIG.
+        timeout: seconds to wait for the other workers to start.
+        **options: as in `MeshStrategy`.
+
+    Raises:
+        ValueError: the cluster, the task or the mesh do not fit each other, or the workers were
+            given unlike meshes or options. What `devices.connect_workers` raises comes beside it.
+
+    Example:
+        Two processes on one machine, which run ``train.py`` with
+        ``strategy = MultiWorkerMeshStrategy()`` at its top::
+
+            export CLUSTER='"cluster": {"worker": ["localhost:12345", "localhost:12346"]}'
+            TF_CONFIG="{$CLUSTER, \\"task\\": {\\"type\\": \\"worker\\", \\"index\\": 0}}" \\
+                python train.py &
+            TF_CONFIG="{$CLUSTER, \\"task\\": {\\"type\\": \\"worker\\", \\"index\\": 1}}" \\
+                python train.py
+
+        On two hosts ``"worker": ["host0:12345", "host1:12345"]`` stands in both, and each host
+        starts its own task.
+    """
+
+    def __init__(
+        self,
+        mesh: Mesh | None = None,
+        *,
+        cluster_resolver: tf.distribute.cluster_resolver.ClusterResolver | None = None,
+        timeout: float = devices.CONNECT_TIMEOUT,
+        **options: Any,
+    ):
+        if mesh is not None and not isinstance(mesh, Mesh):
+            raise ValueError(
+                "MultiWorkerMeshStrategy takes an llmos_tf.Mesh, such as Mesh(data=2), or None. "
+                f"Received: {mesh!r}."
+            )
+        if cluster_resolver is None:
+            cluster_resolver = _tf_config_resolver()
+        workers, task = _workers_of(cluster_resolver)
+        devices.connect_workers({"worker": workers}, task, timeout)
+        super().__init__(_over_workers(mesh, len(workers)), **options)
+        # `tf.distribute` shows it as `strategy.cluster_resolver`.
+        self.extended._cluster_resolver = cluster_resolver
+        # Made by all workers in the same order, so their names agree.
+        self.agreement = Agreement(f"strategy_{self.extended.collective_keys.first}")
+        versions = f"TensorFlow {tf.__version__}, Keras {keras.__version__}"
+        options = ", ".join(f"{name}={value}" for name, value in sorted(options.items()))
+        self.agreement.require_same(
+            "mesh, options and versions", f"{self.mesh!r}, {options or 'no options'}, {versions}"
+        )
+        self.agreement.share_random_state()
+        hook_files()
+
+    @property
+    def num_workers(self) -> int:
+        """Number of processes."""
+        return len({devices.process_of(device) for device in self.mesh.devices})
+
+
+def _tf_config_resolver() -> tf.distribute.cluster_resolver.ClusterResolver:
+    """TF_CONFIG, checked: TensorFlow's errors about it do not name it."""
+    text = os.environ.get("TF_CONFIG", "")
+    if not text.strip():
+        raise ValueError(
+            "MultiWorkerMeshStrategy reads which workers there are, and which one this process "
+            f"is, from the environment variable TF_CONFIG, which is not set. Set {_EXAMPLE}; or "
+            "give cluster_resolver=. For the devices of one process take MeshStrategy."
+        )
+    try:
+        config = json.loads(text)
+    except ValueError as error:
+        raise ValueError(
+            f"TF_CONFIG is no JSON: {error}. It is written like {_EXAMPLE}. Received: {text}"
+        ) from error
+    task = config.get("task") if isinstance(config, dict) else None
+    is_index = isinstance(task, dict) and str(task.get("index", "")).isdecimal()
+    if not is_index or "type" not in task or not isinstance(config.get("cluster"), dict):
+        raise ValueError(
+            "TF_CONFIG needs a cluster and a task with its type and index, like "
+            f"{_EXAMPLE}. Received: {text}"
+        )
+    return tf.distribute.cluster_resolver.TFConfigClusterResolver()
+
+
+def _workers_of(resolver: tf.distribute.cluster_resolver.ClusterResolver) -> tuple[list[str], int]:
+    """Addresses of all workers, a chief first, and the index of this one."""
+    spec = resolver.cluster_spec().as_dict()
+    kind, index = resolver.task_type, resolver.task_id
+    workers = [(job, i, a) for job in ("chief", "worker") for i, a in enumerate(spec.get(job, ()))]
+    mine = [k for k, (job, i, _) in enumerate(workers) if (job, i) == (kind, index)]
+    if not mine:
+        known = ", ".join(f"{job} {i}" for job, i, _ in workers) or "none"
+        raise ValueError(
+            f"This process is the task {kind} {index} of the cluster, which is none of those that "
+            f"train: {known}. Give each process the type and index of one of them (other jobs, "
+            f"such as evaluator and ps, have no part in a mesh). Received: cluster={spec}."
+        )
+    return [address for _, _, address in workers], mine[0]
+
+
+def _over_workers(mesh: Mesh | None, num_workers: int) -> Mesh:
+    """The mesh over the devices of all workers."""
+    everywhere = devices.cluster_devices()
+    if mesh is None:
+        return Mesh(data=len(everywhere), devices=everywhere)
+    if mesh.devices is None and mesh.size == len(everywhere):
+        return mesh.with_devices(everywhere)
+    if mesh.devices is None:
+        kind = tf.DeviceSpec.from_string(everywhere[0]).device_type
+        raise ValueError(
+            f"The mesh {mesh} has {mesh.size} devices, and the {num_workers} workers have "
+            f"{len(everywhere)} {kind} devices, {len(devices.visible_devices())} of them here. "
+            "Choose axes of that product, or name the devices: Mesh(..., devices=[...])."
+        )
+    mesh = devices.resolve(mesh)
+    if len({devices.process_of(device) for device in mesh.devices}) < num_workers:
+        raise ValueError(
+            f"The mesh needs a device of each of the {num_workers} workers. Received: {mesh!r}."
+        )
+    return mesh

@@ -1,0 +1,295 @@
+"""One of two processes under `MultiWorkerMeshStrategy`; `test_two_processes.py` starts it.
+
+    TF_CONFIG=... python strategy_worker.py FOLDER
+
+Both run the same stock Keras scripts, the functions named check_*, and compare what each of them
+sees with one device, which is what Keras trains on without a strategy.
+"""
+
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import faulthandler
+import hashlib
+import json
+import random
+import sys
+import tempfile
+from pathlib import Path
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from llmos_tf import Mesh, devices
+from llmos_tf.layers import TokenCrossEntropy
+from llmos_tf.models import GPT, GPTConfig
+from llmos_tf.strategies import MultiWorkerMeshStrategy
+
+FOLDER = Path(sys.argv[1])
+TASK = json.loads(os.environ["TF_CONFIG"])["task"]["index"]
+# float64: sums in another order differ by 1e-16; Adam's root of tiny moments magnifies that.
+TOLERANCE = 1e-9
+ROWS = 11
+ONE_DEVICE = tf.distribute.get_strategy
+
+
+def close(actual, expected):
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=TOLERANCE)
+
+
+def same(expected, actual):
+    for one, other in zip(expected, actual, strict=True):
+        close(other, one)
+
+
+def build_mlp(optimizer):
+    model = keras.Sequential(
+        [
+            keras.Input([6]),
+            keras.layers.Dense(8, "relu", name="hidden"),
+            keras.layers.Dense(3),
+        ]
+    )
+    model.compile(optimizer, "mse", metrics=["mae"], weighted_metrics=["mse"])
+    return model
+
+
+def build_gpt(optimizer):
+    config = GPTConfig(vocab_size=10, max_positions=4, hidden_size=8, num_heads=2, num_layers=1)
+    model = GPT(config)
+    model.compile(optimizer, TokenCrossEntropy())
+    return model
+
+
+def features():
+    rng = np.random.default_rng(0)
+    return rng.random((ROWS, 6)), rng.random((ROWS, 3)), rng.random(ROWS)
+
+
+def tokens():
+    rng = np.random.default_rng(0)
+    return (*rng.integers(0, 10, (2, ROWS, 4)).astype("int32"), rng.random((ROWS, 4)))
+
+
+def script(strategy, build, optimizer, data):
+    """An unmodified Keras script: batches of 4, 4 and 3 rows, shuffled, with validation."""
+    keras.utils.set_random_seed(0)
+    x, y, weights = data
+    with strategy.scope():
+        model = build(optimizer())
+    history = model.fit(
+        x, y, 4, 2, sample_weight=weights, validation_data=(x[:5], y[:5]), verbose=0
+    )
+    loss = model.evaluate(x, y, batch_size=4, verbose=0, return_dict=True)
+    outputs = [model.predict(x[:n], batch_size=4, verbose=0) for n in (ROWS, 3)]
+    assert [len(rows) for rows in outputs] == [ROWS, 3]
+    return model.get_weights(), history.history, loss, outputs
+
+
+def compare(mesh, build, optimizer, data, **options):
+    expected = script(ONE_DEVICE(), build, optimizer, data)
+    strategy = MultiWorkerMeshStrategy(mesh, **options)
+    assert strategy.num_replicas_in_sync == strategy.mesh.batch_ways
+    assert strategy.num_workers == 2
+    weights, history, loss, outputs = script(strategy, build, optimizer, data)
+    same(expected[0], weights)
+    for one, other in zip(expected[1:3], (history, loss), strict=True):
+        assert list(one) == list(other)
+        same(one.values(), other.values())
+    same(expected[3], outputs)
+
+
+def sgd():
+    return keras.optimizers.SGD(0.1, momentum=0.9)
+
+
+def adamw():
+    return keras.optimizers.AdamW(0.01)
+
+
+def check_an_unseeded_run():
+    """Catches processes that start from, or shuffle by, random numbers of their own."""
+    strategy = MultiWorkerMeshStrategy()
+    assert dict(strategy.mesh.sizes)["data"] == 4
+    with strategy.scope():
+        model = keras.Sequential(
+            [keras.Input([6]), keras.layers.Dense(8), keras.layers.Dropout(0.5)]
+        )
+        model.compile("sgd", "mse")
+    x = np.random.random((ROWS, 6))
+    drawn = [
+        str(value)
+        for value in (x, model.get_weights(), tf.random.shuffle(range(50)), random.random())
+    ]
+    strategy.agreement.require_same("random numbers", hashlib.md5(str(drawn).encode()).hexdigest())
+    model.fit(x, np.random.random((ROWS, 8)), 4, 2, verbose=0)
+    found = b"".join(np.ascontiguousarray(value).tobytes() for value in model.get_weights())
+    strategy.agreement.require_same("weights", hashlib.md5(found).hexdigest())
+
+
+def check_fit_data():
+    """Catches rows that two processes take, results of the own rows only, or a mean of means."""
+    compare(Mesh(data=4), build_mlp, sgd, features())
+
+
+def check_fit_data_zero_1():
+    """Catches optimizer state that is gathered within a process only."""
+    compare(Mesh(data=4), build_mlp, adamw, features(), zero_stage=1)
+
+
+def check_fit_data_fsdp():
+    """Catches the axis that crosses processes taken for the one inside."""
+    compare(Mesh(data=2, fsdp=2), build_mlp, adamw, features())
+
+
+def check_fit_fsdp():
+    """Catches weights that are read from the parts of one process."""
+    compare(Mesh(fsdp=4), build_mlp, sgd, features())
+
+
+def check_fit_data_tensor():
+    """Catches rows that are counted once for each rank of a tensor group."""
+    compare(Mesh(data=2, tensor=2), build_gpt, adamw, tokens())
+
+
+def check_fit_tensor_across():
+    """Catches a tensor axis over processes that is neither refused nor right."""
+    layouts = {".*hidden/kernel": (None, "tensor")}
+    compare(Mesh(tensor=4), build_mlp, sgd, features(), layout_map=layouts)
+
+
+def batches():
+    """Global batches of a static 5 rows, which no number of ranks divides."""
+    x, y, _ = features()
+    return tf.data.Dataset.from_tensor_slices((x, y)).batch(5, drop_remainder=True)
+
+
+def on_batches(strategy):
+    keras.utils.set_random_seed(0)
+    x, y, _ = features()
+    with strategy.scope():
+        model = build_mlp(sgd())
+    model.fit(batches(), epochs=2, shuffle=False, verbose=0)
+    losses = [model.train_on_batch(x[:n], y[:n], return_dict=True)["loss"] for n in (5, 8, 1)]
+    losses.append(model.test_on_batch(x[:5], y[:5], return_dict=True)["loss"])
+    return [*model.get_weights(), losses, model.predict_on_batch(x[:5])]
+
+
+def check_batches_that_do_not_divide():
+    """Catches processes that trace unlike programs, by the unlike shapes of their rows."""
+    same(on_batches(ONE_DEVICE()), on_batches(MultiWorkerMeshStrategy(Mesh(data=4))))
+
+
+class Interrupt(keras.callbacks.Callback):
+    """Ends the job in the third epoch."""
+
+    def on_epoch_end(self, epoch, logs=None):
+        if epoch == 2:
+            raise KeyboardInterrupt
+
+
+def with_callbacks(strategy, folder, *more):
+    keras.utils.set_random_seed(0)
+    x, y, _ = features()
+    with strategy.scope():
+        model = build_mlp(sgd())
+    save, weights = keras.callbacks.ModelCheckpoint, {"save_weights_only": True}
+    callbacks = [
+        save(folder / "models" / "best.keras", monitor="loss", save_best_only=True),
+        save(folder / "{epoch}.weights.h5", **weights),
+        keras.callbacks.BackupAndRestore(folder / "backup", double_checkpoint=True),
+        keras.callbacks.CSVLogger(folder / "log.csv", append=True),
+        keras.callbacks.TensorBoard(folder / "board", histogram_freq=1),
+        # The loss falls, so it stops three epochs after it has begun, and takes back the first.
+        keras.callbacks.EarlyStopping("loss", patience=3, mode="max", restore_best_weights=True),
+        *more,
+    ]
+    data = {"x": x, "y": y, "batch_size": 4, "validation_data": (x[:5], y[:5])}
+    history = model.fit(**data, epochs=9, shuffle=False, verbose=0, callbacks=callbacks)
+    return model, history.history["loss"]
+
+
+def interrupted_job(strategy_of, folder):
+    """A job that is interrupted and started again; what it has in the end, and its files."""
+    folder.mkdir(exist_ok=True)
+    try:
+        with_callbacks(strategy_of(), folder, Interrupt())
+    except KeyboardInterrupt:
+        assert (folder / "backup" / "latest.weights.h5").exists()
+    model, losses = with_callbacks(strategy_of(), folder)
+    model.save(folder / "last.keras")
+    model.save(folder / "last.h5", include_optimizer=False)
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*")]
+    # TensorBoard's files are named by time, host and process.
+    names = sorted(name.split(".out.tfevents")[0] for name in names)
+    log = np.loadtxt(folder / "log.csv", delimiter=",", skiprows=1)
+    saved = [
+        keras.models.load_model(folder / name).get_weights()
+        for name in ("models/best.keras", "last.keras")
+    ]
+    model.load_weights(folder / "5.weights.h5")
+    return names, [np.array(losses), log, *model.get_weights(), *saved[0], *saved[1]]
+
+
+def check_callbacks():
+    """Catches two writers of a file, a job that does not resume, or one that stops alone."""
+    with tempfile.TemporaryDirectory() as own:
+        names, expected = interrupted_job(ONE_DEVICE, Path(own))
+    mesh = Mesh(data=2, fsdp=2)
+    found, actual = interrupted_job(lambda: MultiWorkerMeshStrategy(mesh), FOLDER / "job")
+    assert found == names
+    same(expected, actual)
+
+
+def check_a_save_that_fails():
+    """Catches a process that waits for ever for a file that cannot be written."""
+    with MultiWorkerMeshStrategy(Mesh(fsdp=4)).scope():
+        model = build_mlp(sgd())
+    try:
+        model.save(FOLDER / "missing" / "model.keras")
+        raise AssertionError("saved")
+    except OSError as error:
+        assert "there is no folder" in str(error)
+
+
+def check_unlike_meshes():
+    """Catches workers with unlike meshes, which would wait for each other for ever."""
+    try:
+        MultiWorkerMeshStrategy(Mesh(data=4) if TASK == 0 else Mesh(fsdp=4))
+        raise AssertionError("made")
+    except ValueError as error:
+        assert "worker 1 (localhost:" in str(error)
+        assert "Mesh(fsdp=4" in str(error)
+
+
+def check_a_mesh_of_another_size():
+    """Catches a mesh that leaves devices out, or needs more, without a word."""
+    for mesh, words in (
+        (Mesh(data=2), "has 2 devices, and the 2 workers have 4 CPU devices"),
+        (Mesh(data=2, devices=["CPU:0", "CPU:1"]), "a device of each of the 2 workers"),
+    ):
+        try:
+            MultiWorkerMeshStrategy(mesh)
+            raise AssertionError("made")
+        except ValueError as error:
+            assert words in str(error), error
+
+
+CHECKS = {name: value for name, value in globals().items() if name.startswith("check_")}
+
+
+def main():
+    devices.configure_virtual_cpus(2)
+    keras.config.set_floatx("float64")
+    keras.config.set_dtype_policy("float64")
+    for name, check in CHECKS.items():
+        check()
+        print("passed", name, flush=True)
+
+
+if __name__ == "__main__":
+    # Shows where a process waits for another that does not come, before it is killed.
+    faulthandler.dump_traceback_later(200, exit=True)
+    main()
