@@ -1,10 +1,12 @@
 """From a variable's path to its layout."""
 
+import dataclasses
 import difflib
 import re
 from collections.abc import Mapping
 from typing import Any
 
+import keras
 import tensorflow as tf
 
 from llmos_tf.mesh import Mesh
@@ -14,6 +16,11 @@ from llmos_tf.sharding.layout import Layout
 # so there a layer needs all of it; fsdp cuts what is stored, of every variable, by itself.
 LAYOUT_AXES = ("tensor", "expert")
 
+# What the axes of a `keras.distribution.DeviceMesh` are called, in Keras's and KerasHub's own
+# layout maps, and what they are here. A cut along the batch is one of storage; fsdp makes it, of
+# every variable, where the mesh has that axis.
+_KERAS_AXES = {"model": "tensor", "batch": None, "data": None, "fsdp": None}
+
 
 class LayoutRules:
     """Layout rules of a strategy, and what they matched.
@@ -21,6 +28,11 @@ class LayoutRules:
     Rules are a `keras.distribution.LayoutMap` or a plain mapping: path pattern (matched whole, as
     Keras does) to a tuple of an axis name or None per dimension. Strict: a rule that matches no
     variable is an error once a program is traced, and so is a `tensor` axis that nothing uses.
+
+    A `LayoutMap` has the axis names of a `keras.distribution.DeviceMesh`. There "model" is taken
+    as `tensor`, and along "batch", "data" and "fsdp" a variable is whole: an `fsdp` axis of the
+    mesh cuts what is stored of it by itself. Shape and devices of the `DeviceMesh` do not matter;
+    the strategy has its own.
 
     Args:
         mesh: the mesh.
@@ -39,22 +51,26 @@ class LayoutRules:
             )
         self._mesh = mesh
         self._from_user = user_rules is not None
-        self._rules = {
-            pattern: _as_layout(user_rules[pattern], pattern) for pattern in user_rules or ()
-        }
+        self._rules = _as_layouts(user_rules or {})
         self._matched: set[str] = set()
+        self._optional: set[str] = set()
         self._paths: list[str] = []
 
-    def add_model_table(self, table: Mapping[str, Any]) -> None:
+    def add_model_table(self, table: Mapping[str, Any], strict: bool = True) -> None:
         """Adds a model's own table, unless the user gave rules.
 
         Args:
-            table: path pattern to axes or `Layout`.
+            table: path pattern to axes or `Layout`, or a `keras.distribution.LayoutMap`.
+            strict: whether each rule must match, and each axis divide its dimension.
         """
         if self._from_user:
             return
-        for pattern, axes in table.items():
-            self._rules.setdefault(pattern, _as_layout(axes, pattern))
+        layouts = _as_layouts(table)
+        if not strict:
+            self._optional.update(layouts)
+            layouts = {p: dataclasses.replace(x, uneven=True) for p, x in layouts.items()}
+        # First the table of the model that is being made: another one's patterns may match too.
+        self._rules = {**layouts, **{p: x for p, x in self._rules.items() if p not in layouts}}
 
     def find(self, path: str, shape: tuple[int, ...], trainable: bool) -> Layout:
         """Returns the layout of dimensions for a new variable.
@@ -88,16 +104,19 @@ class LayoutRules:
         """
         if not self._paths:
             return
-        used = any("tensor" in layout.dims for layout in self._rules.values())
+        needed = [p for p in self._rules if p in self._matched or p not in self._optional]
+        used = any("tensor" in self._rules[pattern].dims for pattern in needed)
         if self._mesh.axis_size("tensor") > 1 and not used:
             raise ValueError(
                 f"The mesh {self._mesh} has a tensor axis, but no layout says which variables lie "
                 "along it. Give MeshStrategy or TensorParallelStrategy a "
                 "layout_map={'path/pattern': (None, 'tensor')} (or keras.distribution.LayoutMap), "
-                "or use a model of llmos_tf.models, which has its own table. The model's paths "
+                "or make, under the strategy's scope, a model that has layouts of its own: one of "
+                "llmos_tf.models, or a KerasHub backbone with a get_layout_map, a GPT2Backbone or "
+                "a MistralBackbone. The model's paths "
                 f"begin with: {', '.join(self._paths[:4])}."
             )
-        for pattern in self._rules:
+        for pattern in needed:
             if pattern not in self._matched:
                 near = difflib.get_close_matches(pattern, self._paths, n=3, cutoff=0.3)
                 raise ValueError(
@@ -107,11 +126,11 @@ class LayoutRules:
                 )
 
     def _pattern_for(self, path: str) -> str | None:
-        """The rule for a path: the path itself, else the one pattern that matches all of it."""
+        """The rule for a path: the path itself, else the pattern that matches all of it."""
         if path in self._rules:
             return path
         hits = [pattern for pattern in self._rules if re.fullmatch(pattern, path)]
-        if len(hits) > 1:
+        if len(hits) > 1 and self._from_user:
             raise ValueError(
                 f"The variable {path} is matched by {len(hits)} layout rules: {', '.join(hits)}. "
                 "Write them so that each variable is matched by one at most."
@@ -119,18 +138,20 @@ class LayoutRules:
         return hits[0] if hits else None
 
 
-def announce_layouts(table: Mapping[str, Any]) -> None:
+def announce_layouts(table: Mapping[str, Any], strict: bool = True) -> None:
     """Offers a model's table to the strategy in whose scope the model is made.
 
     Without a mesh strategy nothing happens, so a model may always call it.
 
     Args:
-        table: path pattern to an axis name or None per dimension, or to a `Layout`.
+        table: path pattern to an axis name or None per dimension, or to a `Layout`; or a
+            `keras.distribution.LayoutMap`.
+        strict: whether each rule must match a variable, and each axis divide its dimension.
     """
     extended = tf.distribute.get_strategy().extended
     rules = getattr(extended, "layout_rules", None)
     if isinstance(rules, LayoutRules):
-        rules.add_model_table(table)
+        rules.add_model_table(table, strict)
 
 
 def mesh_axis_size(axis: str) -> int:
@@ -146,7 +167,13 @@ def mesh_axis_size(axis: str) -> int:
     return mesh.axis_size(axis) if isinstance(mesh, Mesh) else 1
 
 
-def _as_layout(rule: Any, pattern: str) -> Layout:
+def _as_layouts(rules: Mapping[str, Any]) -> dict[str, Layout]:
+    """Rules of any kind as layouts by pattern."""
+    renamed = _KERAS_AXES if isinstance(rules, keras.distribution.LayoutMap) else {}
+    return {pattern: _as_layout(rules[pattern], pattern, renamed) for pattern in rules}
+
+
+def _as_layout(rule: Any, pattern: str, renamed: Mapping[str, str | None]) -> Layout:
     """A rule as a `Layout`: it may be one, a `keras.distribution.TensorLayout`, or axis names."""
     axes = getattr(rule, "axes", rule)
     if not isinstance(rule, Layout) and not isinstance(axes, tuple | list):
@@ -160,12 +187,20 @@ def _as_layout(rule: Any, pattern: str) -> Layout:
         raise ValueError(
             f"The layout rule {pattern!r} is no regular expression: {error}."
         ) from error
-    layout = rule if isinstance(rule, Layout) else Layout(tuple(axes))
+    if isinstance(rule, Layout):
+        layout = rule
+    else:
+        layout = Layout(tuple(renamed.get(axis, axis) for axis in axes))
     unknown = [axis for axis in layout.dims if axis is not None and axis not in LAYOUT_AXES]
     if unknown:
+        also = (
+            " In a LayoutMap 'model' is taken as 'tensor', and 'batch', 'data' and 'fsdp' as None: "
+            "give the axes of its DeviceMesh these names."
+        )
         raise ValueError(
             f"The layout rule {pattern!r} names the axis {unknown[0]!r}. A layout may name "
             f"{' and '.join(LAYOUT_AXES)}; an fsdp axis cuts every variable by itself, and along "
-            f"the other axes variables are whole. Received: {layout.dims}."
+            f"the other axes variables are whole.{also if renamed else ''} "
+            f"Received: {layout.dims}."
         )
     return layout

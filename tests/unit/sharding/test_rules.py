@@ -70,6 +70,28 @@ def test_a_layout_map_cuts_the_variables_of_a_model():
     assert shapes == [[[4, 3]] * 4, [[6]] * 4, [[6, 2]] * 4, [[2]] * 4]
 
 
+def test_names_of_a_keras_device_mesh():
+    """Catches a LayoutMap as Keras's guide and KerasHub write it that is refused, or that cuts a
+    variable along the rows of the batch."""
+    for batch, model in [("batch", "model"), ("data", "tensor"), ("fsdp", "model")]:
+        devices = keras.distribution.list_devices("cpu")[:4]
+        mesh = keras.distribution.DeviceMesh((2, 2), (batch, model), devices)
+        rules = LayoutRules(
+            MESH, keras_map({KERNEL: (batch, model), ".*/output/kernel": (batch, None)}, mesh)
+        )
+        assert rules.find(KERNEL, (4, 6), True) == Layout((None, "tensor"))
+        assert rules.find("model/output/kernel", (6, 2), True).is_replicated
+        rules.check_all_used()
+
+
+def test_other_names_of_a_keras_device_mesh():
+    """Catches an axis of the user's own naming that is silently left out."""
+    mesh = keras.distribution.DeviceMesh((1, 2), ("dp", "tp"), ["cpu:0", "cpu:1"])
+    with pytest.raises(ValueError, match="names the axis 'tp'") as error:
+        LayoutRules(MESH, keras_map({KERNEL: (None, "tp")}, mesh))
+    assert "'model' is taken as 'tensor'" in str(error.value)
+
+
 def test_a_pattern_matches_the_whole_path():
     """Catches `re.match` or `re.search`, by which a rule would reach variables it does not name."""
     rules = LayoutRules(MESH, {"hidden/kernel": ("tensor", None), "model/hidden": ("tensor", None)})
