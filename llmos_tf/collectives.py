@@ -17,6 +17,7 @@ from collections.abc import Iterable
 
 import tensorflow as tf
 
+from llmos_tf.blocks import NotABlock
 from llmos_tf.program import MAX_INSTANCES, ReplicaProgram, require_program
 
 Axes = str | Iterable[str]
@@ -334,6 +335,9 @@ class _Group:
         self._what = what
         self.axes = self._program.mesh.canonical_axes(axes)
         self.size = self._program.mesh.axis_size(self.axes)
+        block = self._program.block
+        if self.size > 1 and block is not None and block.compiled:
+            raise NotABlock("it communicates")
 
     @property
     def index(self) -> tf.Tensor:
@@ -437,7 +441,7 @@ class _Group:
 
         So an op that may see another number of rows in the next step gets a key for each number.
         """
-        key = self._program.keys.next_instance()
+        key = self._program.instance_key()
         if x.shape.is_fully_defined():
             return key
         length = tf.shape(x)[x.shape.as_list().index(None)]

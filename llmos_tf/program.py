@@ -33,25 +33,31 @@ class CollectiveKeys:
 
     def __init__(self, mesh: Mesh):
         self._mesh = mesh
-        self._base = _internal.reserve_collective_keys()
+        # The first key, another one for each strategy of a process.
+        self.first = _internal.reserve_collective_keys()
         self._subsets: dict[tuple[str, ...], int] = {}
-        self._instances = itertools.count(1)
+        self._next_instance = 1
         split = [axis for axis in AXES if mesh.axis_size(axis) > 1]
         for length in range(len(split) + 1):
             for axes in itertools.combinations(split, length):
-                self._subsets[axes] = self._base + len(self._subsets) * mesh.size
+                self._subsets[axes] = self.first + len(self._subsets) * mesh.size
 
-    def next_instance(self) -> int:
-        """Returns a key for one more collective op.
+    def next_instance(self, count: int = 1) -> int:
+        """Returns keys for one more collective op.
+
+        Args:
+            count: how many: one for each time that the op may run in a step.
 
         Returns:
-            A positive integer below `MAX_INSTANCES`, another one at each call.
+            The first of `count` integers in turn, positive and below `MAX_INSTANCES`, others at
+            each call.
 
         Raises:
             RuntimeError: the strategy has traced more than `MAX_INSTANCES` of them.
         """
-        key = next(self._instances)
-        if key >= MAX_INSTANCES:
+        key = self._next_instance
+        self._next_instance += count
+        if self._next_instance > MAX_INSTANCES:
             raise RuntimeError(
                 f"A strategy may trace {MAX_INSTANCES} collective ops, and this one has. Most "
                 "likely a program is traced again at every step: call strategy.run inside one "
@@ -125,6 +131,11 @@ class ReplicaProgram(_internal.ReplicaContext):
         # Gradients of the reads of each gathered variable, by `id`: `tf.IndexedSlices` or None for
         # a dense one.
         self.read_gradients: dict[int, list[tf.IndexedSlices | None]] = {}
+        # Variables whose lookups are of positions and not of tokens, by `id`.
+        self.looked_up_by_position: set[int] = set()
+        # Gradients of the parts of gathered variables, as the tape has them, by the variable's
+        # `id`: whoever changes a gradient does not hand on one of these.
+        self.part_gradients: dict[int, list[tf.Tensor]] = {}
         # Variables whose gradient each rank of these axes holds only a part of, by `id`.
         self.partial_gradients: dict[int, tuple[str, ...]] = {}
         # How many rows of the batch are this rank's own, int32 scalar; None where every rank has
@@ -132,6 +143,14 @@ class ReplicaProgram(_internal.ReplicaContext):
         self.rows: tf.Tensor | None = None
         # Statistics that each rank has updated by its own rows, to be averaged at the end, by `id`.
         self.statistics: dict[int, Any] = {}
+        # Whether layers are compiled by XLA, and the block that is being traced; see
+        # `llmos_tf.blocks`.
+        self.compiles_blocks = False
+        self.block: Any = None
+        # Whether an embedding is being called, which reads its table to look up rows.
+        self.looks_up = False
+        # What was read for a block that could not be one, by the graph's `id` and the block's key.
+        self.spare_reads: dict[Any, tf.Tensor] = {}
         self._coordinate = coordinate
         self._graph = tf.compat.v1.get_default_graph()
         self._cache: dict[Any, tf.Tensor | None] = {}
@@ -167,6 +186,16 @@ class ReplicaProgram(_internal.ReplicaContext):
             The key as a tensor of the program.
         """
         return self._dot(*self.keys.group_strides(axes))
+
+    def instance_key(self) -> int | tf.Tensor:
+        """Returns a key for one more collective op, below `MAX_INSTANCES`.
+
+        Returns:
+            An integer; int32 scalar in a block that may run again, where it is another one.
+        """
+        levels = 0 if self.block is None else self.block.levels
+        key = self.keys.next_instance(2**levels)
+        return key + self.block.key_offset() if levels else key
 
     def member_places(self, axes: tuple[str, ...]) -> tf.Tensor | None:
         """Returns where TensorFlow has the members of this rank's group along `axes`.
@@ -204,7 +233,9 @@ class ReplicaProgram(_internal.ReplicaContext):
             The tensor.
         """
         if key not in self._cache:
-            with self._graph.as_default(), tf.control_dependencies(None):
+            # Outside of all blocks too.
+            outermost = self._graph.as_default(), self.having(block=None)
+            with outermost[0], outermost[1], tf.control_dependencies(None):
                 self._cache[key] = compute()
         return self._cache[key]
 

@@ -28,7 +28,11 @@ from llmos_tf.sharding import Layout, LayoutRules, MetricVariable, SeedVariable,
 from llmos_tf.strategies import reductions
 from llmos_tf.strategies.engine import Engine
 from llmos_tf.strategies.input import deal_dataset, split_batch, split_dataset
+from llmos_tf.strategies.keras_blocks import hook_remat
+from llmos_tf.strategies.keras_export import hook_export
 from llmos_tf.strategies.keras_hooks import hook_compile, replica_hooks
+from llmos_tf.strategies.keras_hub_layouts import hook_keras_hub
+from llmos_tf.strategies.keras_paths import hook_variable_paths
 
 
 class MeshExtended(_internal.MirroredExtended):
@@ -60,6 +64,10 @@ class MeshExtended(_internal.MirroredExtended):
         local = [mesh.devices[rank] for rank in self.local_ranks]
         super().__init__(strategy, local, tf.distribute.ReductionToOneDevice())
         hook_compile()
+        hook_export()
+        hook_variable_paths()
+        hook_remat()
+        hook_keras_hub()
         self.communication = _communication(local)
         self.collective_keys = CollectiveKeys(mesh)
         self.engine = Engine(self)
@@ -131,6 +139,9 @@ class MeshExtended(_internal.MirroredExtended):
         self.layout_rules.check_all_used()
         if _internal.is_keras_step(fn):
             args = split_batch(args, self._container_strategy())
+        if self.spans_processes and _internal.is_keras_predict_step(fn):
+            # Keras puts together what this process has.
+            return reductions.run_gathering(self, fn, args, kwargs)
         return self.engine.run(fn, args, kwargs)
 
     def replica_hooks(self) -> AbstractContextManager:
@@ -183,12 +194,15 @@ class MeshExtended(_internal.MirroredExtended):
         mean = reduce_op == tf.distribute.ReduceOp.MEAN
 
         def one(x):
+            parts = reductions.values_of(x)
+            if not _is_number(parts[0].dtype):
+                # Keras builds models on a mean of the batch, masks and strings with the rest.
+                return parts[0]
             if self.spans_processes:
                 return reductions.reduce_everywhere(self, x, mean)
             if not isinstance(x, tf.distribute.DistributedValues):
                 # One value for all replicas: its mean is itself.
                 return x if mean else x * self._num_replicas_in_sync
-            parts = reductions.values_of(x)
             total = tf.add_n(reductions.aligned(parts))
             if not mean:
                 return total
@@ -313,6 +327,10 @@ def _initial_value(kwargs: dict) -> tf.Tensor:
     with tf.init_scope(), _internal.stop_recording(), tf.device("CPU:0"):
         value = initial() if callable(initial) else initial
         return tf.convert_to_tensor(value, dtype=kwargs.get("dtype"))
+
+
+def _is_number(dtype: tf.DType) -> bool:
+    return dtype.is_floating or dtype.is_integer or dtype.is_complex
 
 
 def _communication(local: list[str]) -> str:

@@ -16,6 +16,7 @@ from llmos_tf.mesh import BATCH_AXES
 from llmos_tf.program import ReplicaProgram
 from llmos_tf.sharding import Layout, ShardedVariable
 from llmos_tf.sharding.layout import pad_to
+from llmos_tf.sharding.lookups import are_positions
 
 # Large enough that a ring is busy with bytes and not with turns.
 BUCKET_BYTES = 32 * 2**20
@@ -53,7 +54,7 @@ def sync_gradients(
             # Its shape is known, whatever TensorFlow could infer.
             dense[i] = tf.ensure_shape(gradient, variable.values[0].shape)
         else:
-            results[i] = _gather_rows(program, rows)
+            results[i] = _gather_rows(program, rows, variable)
     for reduction, members in _buckets({i: plans[i] for i in dense}, dense):
         reduce = _scatter_bucket if reduction.scatter_axes else _sum_bucket
         reduced = reduce(program, reduction, [dense[i] for i in members])
@@ -83,10 +84,12 @@ def _lookup_gradient(gradient: Any, variable: ShardedVariable) -> tf.IndexedSlic
     """The sparse gradient of a variable that was only looked up, or None."""
     if isinstance(gradient, tf.IndexedSlices):
         return gradient
-    return variable.sparse_gradient()
+    return variable.sparse_gradient(gradient)
 
 
-def _gather_rows(program: ReplicaProgram, rows: tf.IndexedSlices) -> tf.IndexedSlices:
+def _gather_rows(
+    program: ReplicaProgram, rows: tf.IndexedSlices, variable: ShardedVariable
+) -> tf.IndexedSlices:
     """All ranks' rows of a sparse gradient, in the order of the batch.
 
     They are gathered and not summed, because Keras's adaptive optimizers square each row by
@@ -95,7 +98,10 @@ def _gather_rows(program: ReplicaProgram, rows: tf.IndexedSlices) -> tf.IndexedS
     values = batch.counted(tf.convert_to_tensor(rows.values))
     indices = tf.convert_to_tensor(rows.indices)
     axes = [axis for axis in BATCH_AXES if program.mesh.axis_size(axis) > 1]
-    if axes:
+    by_position = id(variable) in program.looked_up_by_position or are_positions(indices)
+    if by_position:
+        values = collectives.all_reduce(values, axes)
+    elif axes:
         if values.shape[0] is None:
             # An uneven batch: fill up with rows of zeros, which change nothing.
             longest = collectives.all_reduce(tf.shape(values)[0], axes, op="max")

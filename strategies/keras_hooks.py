@@ -10,14 +10,13 @@ from that. Inside a program these few functions of Keras are replaced, and put b
 - so have the terms of `Model.losses`: a regularizer is the same on every rank, which takes its
   share of the gradient, and what `add_loss` was given is averaged over the rows;
 - an optimizer's `apply` is `strategies.update.apply_gradients`;
-- the result of a metric, when it is read in a step, is that of all ranks; a mean of scalars, such
-  as of losses, counts them alike on ranks with and without rows.
+- the result of a metric, when it is read in a step, is that of all ranks; a mean or sum of scalars
+  counts a loss once, and what a rank has computed of its own rows as those rows.
 """
 
 import contextlib
 import functools
 import inspect
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,6 +28,9 @@ from llmos_tf import _internal, batch, collectives
 from llmos_tf.mesh import BATCH_AXES
 from llmos_tf.program import current_program
 from llmos_tf.sharding import MetricVariable, ShardedVariable
+from llmos_tf.sharding.variance import varying_axes
+from llmos_tf.strategies.keras_blocks import compiled_call, compiles_blocks
+from llmos_tf.strategies.keras_layers import layer_replacements
 from llmos_tf.strategies.update import apply_gradients, apply_scaled_gradients
 
 _loss = _internal.keras_loss
@@ -44,6 +46,7 @@ def replica_hooks() -> Iterator[None]:
             (_loss, "apply_mask"): lambda original: apply_mask,
             (_loss, "scale_loss_for_distribution"): lambda original: _as_it_is,
             (_loss, "unscale_loss_for_distribution"): lambda original: _as_it_is,
+            (keras.layers.Layer, "__call__"): compiled_call,
             (keras.layers.Layer, "_get_own_losses"): _added_losses,
             (keras.layers.Layer, "_get_regularization_losses"): _regularization_losses,
             (base, "apply"): lambda original: _apply,
@@ -51,6 +54,8 @@ def replica_hooks() -> Iterator[None]:
             (scaled, "apply"): lambda original: _scaled_apply(original),
             (scaled, "check_finite"): lambda original: check_finite,
             (keras.metrics.Mean, "update_state"): _mean_update,
+            (keras.metrics.Sum, "update_state"): _sum_update,
+            **layer_replacements(),
             **{(kind, "result"): _synced_result for kind in _kinds_of_metrics(keras.Metric)},
         }
     ):
@@ -62,8 +67,8 @@ def hook_compile() -> None:
     """Has `compile` do what is right for models made under a mesh strategy's scope, from now on.
 
     It need not be called under the scope: variables of the optimizer and the metrics that were made
-    outside are made again as the mesh's. And `jit_compile` is off, with a warning: XLA compiles a
-    function for one device, and a step is the work of all.
+    outside are made again as the mesh's. And `jit_compile=True` compiles the model's blocks: XLA
+    compiles a function for one device, and a step is the work of all.
     """
     original = _internal.Trainer.compile
     signature = inspect.signature(original)
@@ -74,17 +79,12 @@ def hook_compile() -> None:
         if getattr(strategy.extended, "mesh", None) is None:
             return original(model, *args, **kwargs)
         arguments = signature.bind(model, *args, **kwargs).arguments
-        if arguments.get("jit_compile") is True:
-            warnings.warn(
-                "jit_compile=True is taken as False under a mesh strategy, whose steps XLA cannot "
-                "compile yet: they run on several devices. Leave it out.",
-                stacklevel=2,
-            )
         made = tf.nest.flatten([arguments.get(name) for name in _WITH_VARIABLES])
         with strategy.scope():
             for thing in made:
                 _adopt(thing, strategy)
-            return original(**{**arguments, "jit_compile": False})
+            original(**arguments)
+        compiles_blocks(model)
 
     _internal.Trainer.compile = compile
 
@@ -239,16 +239,36 @@ def _scaled_apply(original: Any) -> Any:
 
 
 def _mean_update(original: Any) -> Any:
+    """`Mean.update_state`: a scalar is the mean over the rank's rows, or the same on every rank."""
+
+    @functools.wraps(original)
+    def update_state(metric, values, sample_weight=None):
+        if current_program() is None or sample_weight is not None or not _is_scalar(values):
+            return original(metric, values, sample_weight)
+        return original(metric, values, batch.share(tf.as_dtype(metric.dtype)))
+
+    return update_state
+
+
+def _sum_update(original: Any) -> Any:
+    """`Sum.update_state`: a scalar that is the same on every rank, as a loss is, counts once."""
+
     @functools.wraps(original)
     def update_state(metric, values, sample_weight=None):
         program = current_program()
-        rank = tf.TensorShape(getattr(values, "shape", ())).rank
-        if program is None or sample_weight is not None or rank != 0:
+        weight = 1.0 if sample_weight is None else sample_weight
+        if program is None or not _is_scalar(values) or not _is_scalar(weight):
             return original(metric, values, sample_weight)
-        with program.having(rows=None):
-            return original(metric, values)
+        value = ops.cast(values, metric.dtype) * ops.cast(weight, metric.dtype)
+        if not varying_axes(program, value):
+            value *= batch.share(value.dtype)
+        return original(metric, value)
 
     return update_state
+
+
+def _is_scalar(values: Any) -> bool:
+    return tf.TensorShape(getattr(values, "shape", ())).rank == 0
 
 
 def _kinds_of_metrics(kind: type) -> Iterator[type]:

@@ -14,6 +14,7 @@ import keras
 import tensorflow as tf
 from keras import ops
 
+from llmos_tf import _internal
 from llmos_tf.program import ReplicaProgram, current_program
 from llmos_tf.sharding import ShardedVariable
 from llmos_tf.strategies.gradients import (
@@ -166,7 +167,8 @@ def _update(program: ReplicaProgram, optimizer: Any, gradients, variables) -> No
         if any(isinstance(gradient, tf.IndexedSlices) for gradient in gradients):
             # The update by rows reads the whole variable, decayed.
             gather_updated_parts(program)
-        optimizer._backend_update_step(gradients, variables, optimizer.learning_rate)
+        with _internal.patched({(_internal.keras_core.Variable, "shape"): _shape_as_read}):
+            optimizer._backend_update_step(gradients, variables, optimizer.learning_rate)
     gather_updated_parts(program)
 
 
@@ -200,6 +202,16 @@ def _done(action: Callable[[], None]) -> tf.Tensor:
     """Runs a branch of `tf.cond` that is there for what it does."""
     action()
     return tf.constant(True)
+
+
+def _shape_as_read(original: property) -> property:
+    """`keras.Variable.shape` of a part: Keras's ops choose a kernel by the shape they are told."""
+
+    def shape(variable):
+        stored = _stored(variable)
+        return stored.shape if isinstance(stored, ShardedVariable) else original.fget(variable)
+
+    return property(shape)
 
 
 def _stored(variable: Any) -> ShardedVariable:

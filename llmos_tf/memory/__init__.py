@@ -1,5 +1,6 @@
-"""What lies on each device: bytes of parameters and of optimizer state, counted and not guessed."""
+"""What lies on each device, counted and not guessed, and how to have less of it there."""
 
 from llmos_tf.memory.accounting import report
+from llmos_tf.memory.rematerialisation import rematerialised
 
-__all__ = ["report"]
+__all__ = ["rematerialised", "report"]

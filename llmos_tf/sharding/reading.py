@@ -25,7 +25,7 @@ def layout_of(variable: Any) -> Layout | None:
     return None if inner.layout.is_replicated else inner.layout
 
 
-def local_slice(variable: Any) -> tf.Tensor:
+def local_slice(variable: Any, for_lookups: bool = False) -> tf.Tensor:
     """Returns the slice of a variable that this rank computes with.
 
     Flat cuts (fsdp) are gathered, cuts of dimensions (tensor) are kept. Outside a program it is
@@ -33,6 +33,7 @@ def local_slice(variable: Any) -> tf.Tensor:
 
     Args:
         variable: a `keras.Variable` or `tf.Variable`.
+        for_lookups: whether rows of it are looked up, and their gradient is noted as rows.
 
     Returns:
         Tensor of the layout's `slice_shape`.
@@ -40,8 +41,7 @@ def local_slice(variable: Any) -> tf.Tensor:
     inner = _unwrapped(variable)
     if current_program() is None or not isinstance(inner, ShardedVariable):
         return tf.convert_to_tensor(variable)
-    part = inner.layout.slice_from_part(inner.part(), tuple(inner.shape), inner.mesh)
-    return tf.cast(part, variable.dtype)
+    return tf.cast(inner.slice(for_lookups), variable.dtype)
 
 
 def mark_partial_gradient(variable: Any, axis: str) -> None:

@@ -3,6 +3,7 @@
 import tensorflow as tf
 
 from llmos_tf import _internal, collectives
+from llmos_tf.blocks import NotABlock
 from llmos_tf.mesh import BATCH_AXES
 from llmos_tf.program import current_program
 from llmos_tf.sharding.variables import ShardedVariable, run_program
@@ -24,9 +25,11 @@ class SeedVariable(ShardedVariable):
 
     def read(self) -> tf.Tensor:
         """Returns this rank's state in a program, else the first rank's of the mesh."""
+        program = current_program()
+        if program is not None:
+            written = None if program.block is None else program.block.written(self)
+            return self.part() if written is None else written
         state = self._values[0].value()
-        if current_program() is not None:
-            return state
         # In another process than the first, what is at hand is another rank's.
         first = self._distribute_strategy.extended.local_ranks[0]
         return state if first == 0 else state - self._shift(first, state.dtype)
@@ -35,7 +38,10 @@ class SeedVariable(ShardedVariable):
         return self.read()
 
     def _write_in_program(self, program, method: str, value: tf.Tensor) -> None:
-        del program
+        program.spare_reads.clear()
+        if program.block is not None:
+            program.block.write(self, self._changed(method, value))
+            return
         getattr(self._values[0], method)(value)
 
     def _component_of(self, value: tf.Tensor, rank: int) -> tf.Tensor:
@@ -53,6 +59,8 @@ class MetricVariable(_internal.SyncOnReadVariable):
 
     def _update_replica(self, update_fn, value, **kwargs):
         program = current_program()
+        if program is not None and program.block is not None:
+            raise NotABlock(f"it updates the metric variable {self.name}")
         if program is None or program.rows is None:
             return super()._update_replica(update_fn, value, **kwargs)
         # A rank without rows of its own counts nothing.

@@ -53,11 +53,18 @@ class ShardedVariable(_internal.MirroredVariable):
 
     @property
     def shape(self) -> tf.TensorShape:
-        """Shape of the whole value."""
-        return tf.TensorShape(self._full_shape)
+        """Shape of what the context reads: the whole value, or a rank's part in an update."""
+        program = current_program()
+        if program is None or not program.update_parts:
+            return tf.TensorShape(self._full_shape)
+        component = self._values[0].shape
+        extra = self.update_layout.flat[len(self.layout.flat) :]
+        if not extra:
+            return component
+        return tf.TensorShape([-(-component.num_elements() // self.mesh.axis_size(extra))])
 
     def get_shape(self) -> tf.TensorShape:
-        """Returns the shape of the whole value."""
+        """Returns the shape of what the context reads."""
         return self.shape
 
     @property
@@ -69,8 +76,31 @@ class ShardedVariable(_internal.MirroredVariable):
 
     def part(self) -> tf.Tensor:
         """Returns what the calling rank stores, inside a program."""
-        check_owner(self, current_program().strategy)
+        program = current_program()
+        check_owner(self, program.strategy)
+        if program.block is not None:
+            return program.block.read(("part", id(self)), self.part)
         return self._values[0].value()
+
+    def slice(self, for_lookups: bool = False) -> tf.Tensor:
+        """Returns what the calling rank computes with, inside a program: no flat cuts.
+
+        Args:
+            for_lookups: whether rows of it are looked up, and `sparse_gradient` asked for.
+
+        Returns:
+            Tensor of the layout's `slice_shape`.
+        """
+        block = current_program().block
+        if block is not None and block.compiled and self.layout.flat:
+            # XLA knows no collectives.
+            return block.read(("slice", id(self)), lambda: self.slice(for_lookups))
+        part = self._noted_part() if for_lookups else self.part()
+        if not self.layout.flat:
+            return part
+        return _with_counted_gradient(
+            self.layout.slice_from_part(part, self._full_shape, self.mesh)
+        )
 
     def update_part(self) -> tf.Tensor:
         """Returns what the calling rank's optimizer updates, inside a program."""
@@ -84,6 +114,9 @@ class ShardedVariable(_internal.MirroredVariable):
         program = current_program()
         if program is None:
             return self._joined()
+        written = None if program.block is None else program.block.written(self)
+        if written is not None:
+            return batch.mean(written) if self._is_statistic() else written
         if id(self) in program.statistics:
             # Read again in the step that updated it.
             average_statistics(program)
@@ -110,8 +143,17 @@ class ShardedVariable(_internal.MirroredVariable):
     def _gathered(self) -> tf.Tensor:
         if self.layout.is_replicated:
             return self.part()
-        full = self.layout.full_from_part(self.part(), self._full_shape, self.mesh)
-        reads = current_program().read_gradients.setdefault(id(self), [])
+        program = current_program()
+        block = program.block
+        if block is not None and (block.compiled or program.looks_up):
+            # XLA knows no collectives; and that all reads were lookups is seen outside of blocks.
+            return block.read(("full", id(self)), self._gathered)
+        if block is not None:
+            # Again in the backward pass, instead of being kept.
+            full = self.layout.full_from_part(self.part(), self._full_shape, self.mesh)
+            return _with_counted_gradient(full)
+        full = self.layout.full_from_part(self._noted_part(), self._full_shape, self.mesh)
+        reads = program.read_gradients.setdefault(id(self), [])
 
         # A lookup has a sparse gradient, and Keras's adaptive optimizers do not update by it as by
         # its dense sum. The gather makes it dense, so it is kept here for the step.
@@ -125,10 +167,38 @@ class ShardedVariable(_internal.MirroredVariable):
 
         return observed(full)
 
-    def sparse_gradient(self) -> tf.IndexedSlices | None:
-        """Returns this rank's gradient of the whole value, where every read of it was a lookup."""
-        reads = current_program().read_gradients.get(id(self), [])
+    def _noted_part(self) -> tf.Tensor:
+        """The part, whose gradient is known again when the optimizer is given it."""
+        noted = current_program().part_gradients.setdefault(id(self), [])
+
+        @tf.custom_gradient
+        def observed(part):
+            def gradient(upstream):
+                noted.append(tf.identity(upstream))
+                return noted[-1]
+
+            return tf.identity(part), gradient
+
+        return observed(self.part())
+
+    def sparse_gradient(self, gradient: tf.Tensor) -> tf.IndexedSlices | None:
+        """Returns this rank's gradient of the whole value, where every read of it was a lookup.
+
+        Args:
+            gradient: of the part, as the optimizer is given it.
+
+        Returns:
+            The rows; None for a dense gradient, or one that is not as the tape has made it.
+        """
+        program = current_program()
+        noted = {tensor.ref() for tensor in program.part_gradients.get(id(self), [])}
+        reads = list(program.read_gradients.get(id(self), []))
+        # The next gradient of this program has reads of its own.
+        program.read_gradients.get(id(self), []).clear()
         if not reads or any(read is None for read in reads):
+            return None
+        summed = gradient.op.inputs if gradient.op.type in ("AddN", "AddV2") else [gradient]
+        if not noted.issuperset(tensor.ref() for tensor in summed):
             return None
         return tf.IndexedSlices(
             tf.concat([tf.convert_to_tensor(read.values) for read in reads], 0),
@@ -260,21 +330,40 @@ class ShardedVariable(_internal.MirroredVariable):
     def _write_in_program(self, program, method: str, value: tf.Tensor) -> None:
         check_owner(self, program.strategy)
         if program.update_parts and self.update_layout != self.layout:
-            if value.shape.is_compatible_with(self.shape):
+            if value.shape.is_compatible_with(self._full_shape):
                 value = self.update_layout.part_from_full(value, self.mesh)
-            change = {"assign": lambda old, new: new, "assign_add": tf.add}.get(method, tf.subtract)
-            old = None if method == "assign" else self.read()
-            program.pending_parts[id(self)] = (self, change(old, value))
+            program.pending_parts[id(self)] = (self, self._changed(method, value))
             return
         if not program.in_update:
             if self._is_statistic():
                 program.statistics[id(self)] = self
             else:
                 value = self._aggregated(value)
+        program.spare_reads.clear()
+        if program.block is not None:
+            program.block.write(self, self._changed(method, value))
+            return
         is_part = program.update_parts and value.shape.is_compatible_with(self._values[0].shape)
         if not is_part:
             value = self.layout.part_from_full(self._checked(value), self.mesh)
         getattr(self._values[0], method)(value)
+
+    def store(self, program: ReplicaProgram, value: tf.Tensor) -> None:
+        """Stores what a block has written.
+
+        Args:
+            program: the program of this rank.
+            value: the whole new value, the same on every rank unless it is a statistic.
+        """
+        in_update = program.in_update or not self._is_statistic()
+        with program.having(in_update=in_update):
+            self._write_in_program(program, "assign", value)
+
+    def _changed(self, method: str, value: tf.Tensor) -> tf.Tensor:
+        """The value after one of the three methods."""
+        if method == "assign":
+            return value
+        return self.read() + value if method == "assign_add" else self.read() - value
 
     def _checked(self, value: tf.Tensor) -> tf.Tensor:
         """A value that is to be written, of static shape."""
@@ -369,8 +458,29 @@ class ShardedVariable(_internal.MirroredVariable):
     def _serialize_to_tensors(self) -> dict[str, tf.Tensor]:
         return {"VARIABLE_VALUE": self.read()}
 
+    def _export_to_saved_model_graph(self, *args, **kwargs):
+        if not self.layout.is_replicated:
+            # A SavedModel would have one value for all parts, and read it as if it were a part.
+            raise ValueError(
+                f"The variable {self.path} is cut over the mesh, and tf.saved_model.save cannot "
+                "write that. Use model.export(path), which writes whole values."
+            )
+        return super()._export_to_saved_model_graph(*args, **kwargs)
+
     def _restore_from_tensors(self, restored_tensors: dict[str, tf.Tensor]) -> "ShardedVariable":
         return self.assign(restored_tensors["VARIABLE_VALUE"])
+
+
+def _with_counted_gradient(value: tf.Tensor) -> tf.Tensor:
+    """A gathered value, whose gradient does not count on a rank without rows of its own."""
+    if current_program().rows is None:
+        return value
+
+    @tf.custom_gradient
+    def counted(value):
+        return tf.identity(value), batch.counted
+
+    return counted(value)
 
 
 def average_statistics(program: ReplicaProgram) -> None:

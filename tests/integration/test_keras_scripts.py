@@ -573,13 +573,3 @@ def test_checkpoint_of_a_mesh_is_one_devices(float64, tmp_path):
     prediction = loaded.predict(FEATURES, verbose=0)
     np.testing.assert_allclose(prediction, results["prediction"], atol=TOLERANCE)
     assert int(loaded.optimizer.iterations) == 5
-
-
-def test_jit_compile_is_off_and_says_so():
-    """Fails if XLA is asked for and silently not used, or used and the step fails."""
-    with STRATEGIES["data2"]().scope():
-        model = keras.Sequential([keras.Input((6,)), layers.Dense(3)])
-        with pytest.warns(UserWarning, match="jit_compile=True is taken as False"):
-            model.compile("sgd", "mse", jit_compile=True)
-    model.fit(FEATURES, FEATURES[:, :3], verbose=0)
-    assert model.jit_compile is False

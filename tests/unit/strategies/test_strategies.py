@@ -1,5 +1,6 @@
 """Strategies: their options, and what `tf.distribute` promises of any strategy."""
 
+import contextlib
 import functools
 import gc
 import weakref
@@ -665,6 +666,31 @@ def test_a_custom_training_loop(float64, mesh, loop):
     weights, loss = custom_loop(strategy_of(mesh), loop)
     assert_close(weights, expected)
     assert loss == pytest.approx(expected_loss, abs=TOLERANCE)
+
+
+def test_fit_takes_booleans(float64):
+    """Fails if what Keras builds a model on, a mean of the first batch, stops at a mask."""
+
+    class Masked(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.dense = keras.layers.Dense(2)
+
+        def call(self, inputs):
+            return self.dense(keras.ops.where(inputs["mask"], inputs["x"], 0.0))
+
+    rng = np.random.default_rng(0)
+    x = {"x": rng.normal(size=(7, 3)), "mask": rng.integers(0, 2, (7, 3)) > 0}
+    weights = []
+    for strategy in (None, strategy_of("data2")):
+        keras.utils.set_random_seed(0)
+        with strategy.scope() if strategy is not None else contextlib.nullcontext():
+            model = Masked()
+            model.compile("sgd", "mse")
+        model.fit(x, x["x"][:, :2], batch_size=4, shuffle=False, verbose=0)
+        weights.append(model.get_weights())
+    for one, other in zip(*weights, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-9)
 
 
 @pytest.mark.parametrize("mesh", ["data4", "fsdp2-tensor2"])

@@ -1,0 +1,117 @@
+"""Which calls of a Keras model become blocks: what is compiled, and what is rematerialised.
+
+`compile(jit_compile=True)` asks for XLA, which compiles a function for one device. A step is the
+work of all devices, and its collectives stay outside: the largest layers that do not communicate
+are compiled, each forward and backward. Without tensor parallelism that is the whole model.
+"""
+
+import functools
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from llmos_tf import _internal
+from llmos_tf.blocks import Block, NotABlock
+from llmos_tf.memory import rematerialised
+from llmos_tf.program import current_program
+
+# On a model that was compiled with `jit_compile=True` under a mesh strategy.
+_MARK = "_llmos_compiles_blocks"
+
+
+def compiles_blocks(model: keras.Model) -> None:
+    """Takes over `jit_compile` of a model that has just been compiled under a mesh strategy.
+
+    Args:
+        model: the model.
+    """
+    setattr(model, _MARK, model.jit_compile)
+    # Or Keras would have XLA compile the step of all devices.
+    model.jit_compile = False
+
+
+def compiled_call(original: Any) -> Any:
+    """Returns what stands in for `keras.layers.Layer.__call__` while a program is traced.
+
+    Args:
+        original: Keras's own.
+
+    Returns:
+        A function of the layer and its arguments.
+    """
+
+    @functools.wraps(original)
+    def call(layer, *args, **kwargs):
+        program = current_program()
+        if isinstance(layer, keras.layers.Embedding) and not program.looks_up:
+            with program.having(looks_up=True):
+                return call(layer, *args, **kwargs)
+        if getattr(layer, _MARK, False) and not program.compiles_blocks:
+            with program.having(compiles_blocks=True):
+                return call(layer, *args, **kwargs)
+        in_compiled = program.block is not None and program.block.compiled
+        if not program.compiles_blocks or in_compiled or not _has_tensors(args, kwargs):
+            return original(layer, *args, **kwargs)
+        return _compiled(MethodType(original, layer), args, kwargs)
+
+    return call
+
+
+def _compiled(function: Callable, args: tuple, kwargs: dict) -> Any:
+    """Calls a function as a compiled block, or as it is where it cannot be one."""
+    try:
+        block = Block(current_program(), function, args, kwargs, compiled=True)
+    except NotABlock:
+        return function(*args, **kwargs)
+    return block.finish(block.call(block.inputs, block.captured))
+
+
+@functools.cache
+def hook_remat() -> None:
+    """Has `keras.remat` and `keras.RematScope` work in programs of a mesh strategy, from now on.
+
+    TensorFlow's own `tf.recompute_grad`, which they call, refuses keyword arguments in a graph, and
+    cannot know the parts of a variable that is cut over the mesh.
+    """
+    original = _internal.keras_core.remat
+
+    @functools.wraps(original)
+    def remat(f):
+        @functools.wraps(f)
+        def call(*args, **kwargs):
+            program = current_program()
+            if program is not None and not program.compiles_blocks:
+                return rematerialised(f)(*args, **kwargs)
+            if program is not None:
+                # Compiled inside, so that XLA does not see that it runs twice.
+                return rematerialised(_compiling(f))(*args, **kwargs)
+            if kwargs and tf.inside_function():
+                # As where Keras finds out a model's shapes; there TensorFlow's own would fail.
+                return f(*args, **kwargs)
+            return original(f)(*args, **kwargs)
+
+        return call
+
+    _internal.keras_core.remat = remat
+
+
+def _compiling(function: Callable) -> Callable:
+    """The function, with the same owner, compiled where it can be."""
+    inner = getattr(function, "__func__", function)
+    owner = getattr(function, "__self__", None)
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        return _compiled(function, args[1:] if inner is not function else args, kwargs)
+
+    return call if owner is None else MethodType(call, owner)
+
+
+def _has_tensors(args: tuple, kwargs: dict) -> bool:
+    """Whether a call computes; Keras also calls layers with shapes only."""
+    leaves = keras.tree.flatten((args, kwargs))
+    symbolic = any(isinstance(leaf, keras.KerasTensor) for leaf in leaves)
+    return not symbolic and any(isinstance(leaf, tf.Tensor) for leaf in leaves)
