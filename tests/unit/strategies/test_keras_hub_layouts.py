@@ -45,8 +45,12 @@ class Own(keras_hub.models.GPT2Backbone):
         super().__init__(**SIZES, num_heads=2, max_sequence_length=LENGTH)
 
 
-class GPT2Backbone(keras.Model):
-    """A model of the user's that only has the name of one of KerasHub's."""
+class Backbone(keras.Model):
+    """A base class of the user's."""
+
+
+class GPT2Backbone(Backbone):
+    """A model of the user's that only has the names of KerasHub's."""
 
 
 def test_the_class_tells_the_layouts():
@@ -101,6 +105,15 @@ def test_the_users_map_replaces_the_familys():
     with MeshStrategy(Mesh(tensor=2), layout_map=table).scope():
         cut = {path for path, axes in dims(gpt2()).items() if "tensor" in axes}
     assert cut == {"transformer_layer_0/self_attention/query/kernel"}
+
+
+def test_the_table_announced_last_goes_first():
+    """Fails if the rule of a model made before keeps its place for the same pattern."""
+    rules = LayoutRules(Mesh(tensor=2))
+    rules.add_model_table({"(a|b)": ("tensor", None), "c": ("tensor",)})
+    rules.add_model_table({"(a|b)": (None, "tensor"), ".*c": (None,)})
+    assert [rules.find(path, (2, 2), True).dims for path in "ab"] == [(None, "tensor")] * 2
+    assert rules.find("/c", (2,), True).dims == (None,)
 
 
 def test_rules_that_are_not_strict():
