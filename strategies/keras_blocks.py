@@ -82,6 +82,10 @@ def hook_remat() -> None:
     def remat(f):
         @functools.wraps(f)
         def call(*args, **kwargs):
+            if isinstance(getattr(f, "__self__", None), keras.layers.Embedding):
+                # A lookup keeps nothing; and TensorFlow's own would give it a dense gradient, by
+                # which Keras's adaptive optimizers update otherwise than by a sparse one.
+                return f(*args, **kwargs)
             program = current_program()
             if program is not None and not program.compiles_blocks:
                 return rematerialised(f)(*args, **kwargs)

@@ -106,10 +106,10 @@ def draw(
     """
 
     def program(inputs):
-        ones: dict[str, tf.Tensor] = {}
-        with _noting_inputs(layers, ones):
+        inputs_of: dict[str, tf.TensorSpec] = {}
+        with _noting_inputs(layers, inputs_of):
             model(inputs, training=True)
-        drawn = {path: _drawn(layer, ones.get(path)) for path, layer in layers.items()}
+        drawn = {path: _drawn(layer, inputs_of.get(path)) for path, layer in layers.items()}
         if current_program() is None:
             return {path: value[tf.newaxis] for path, value in drawn.items()}
         return {path: collectives.all_gather(x[tf.newaxis], AXES) for path, x in drawn.items()}
@@ -165,19 +165,20 @@ def _is_split_over_tensor(layer: keras.layers.Layer, case: Case) -> bool:
     return isinstance(layer, Dropout) and (layer.split_over_tensor or case.sequence_parallel)
 
 
-def _drawn(layer: keras.layers.Layer, ones: tf.Tensor | None) -> tf.Tensor:
+def _drawn(layer: keras.layers.Layer, spec: tf.TensorSpec | None) -> tf.Tensor:
     """What a layer draws: masks where it is known what it is called with, else a seed."""
-    if ones is None or not isinstance(vars(layer).get("rate"), float):
+    if spec is None or not isinstance(vars(layer).get("rate"), float):
         return tf.cast(layer._seed_generators[0].next(), tf.int64)
     layer.rate = _RATE
+    ones = tf.ones(spec.shape, spec.dtype)
     masks = [layer(ones, training=True) for _ in range(_TIMES)]
     layer.rate = 0.0
     return tf.stack(masks)
 
 
 @contextmanager
-def _noting_inputs(layers: dict[str, keras.layers.Layer], ones: dict) -> Iterator[None]:
-    """Notes for each layer that is called a tensor of ones like its input."""
+def _noting_inputs(layers: dict[str, keras.layers.Layer], specs: dict) -> Iterator[None]:
+    """Notes for each layer that is called what its input is like."""
 
     def noting(path):
         def replacement(original):
@@ -185,7 +186,7 @@ def _noting_inputs(layers: dict[str, keras.layers.Layer], ones: dict) -> Iterato
                 if args and tf.is_tensor(args[0]) and args[0].dtype.is_floating:
                     shape = [_ROWS, *args[0].shape[1:]]
                     if all(length is not None for length in shape):
-                        ones.setdefault(path, tf.ones(shape, args[0].dtype))
+                        specs.setdefault(path, tf.TensorSpec(shape, args[0].dtype))
                 return original(*args, **kwargs)
 
             return call

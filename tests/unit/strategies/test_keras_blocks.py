@@ -162,3 +162,22 @@ def test_run_eagerly_comes_first():
             model.compile("sgd", "mse", jit_compile=True, run_eagerly=True)
     model.fit(FEATURES, FEATURES[:, :3], verbose=0)
     assert isinstance(model.weights[0].value, tf.Variable)
+
+
+@pytest.mark.parametrize("strategy", [None, "data2"])
+def test_lookups_are_sparse_where_they_are_rematerialised(float64, strategy):
+    """Fails if an adaptive optimizer updates a table by another gradient because of `RematScope`,
+    on a mesh or on one device."""
+
+    def build(scope=None):
+        with keras.RematScope(scope):
+            model = keras.Sequential([layers.Embedding(24, 4), layers.Dense(24)])
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        model.compile("adam", loss)
+        return model
+
+    expected = train(build, TOKEN_BATCHES)
+    # Made in any case: `RematScope` works in graphs from then on.
+    mesh = STRATEGIES["data2"]()
+    actual = train(lambda: build("full"), TOKEN_BATCHES, mesh if strategy else None)
+    assert max_difference(expected, actual) <= TOLERANCE

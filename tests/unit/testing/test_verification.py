@@ -208,6 +208,20 @@ def test_layers_that_are_switched_off():
     assert "and 1 more" in report.notes[0]
 
 
+@pytest.mark.parametrize(("jit", "scope"), [(True, None), (False, "full")])
+def test_dropout_of_a_block(jit, scope):
+    """Fails if what a layer is called with, compiled or to be computed again, is taken out of the
+    graph it belongs to."""
+
+    def dropout():
+        with keras.RematScope(scope):
+            return layers.Dropout(0.5)
+
+    report = verify(made(dense, dropout, jit_compile=jit), BATCHES, [Mesh(data=2)])
+    assert report.agrees, report.failures
+    assert report.rows[-1].feature == "dropout"
+
+
 def test_dropout_inside_other_layers():
     """Fails if the dropout that attention makes when it is built, a recurrent cell's, or one of two
     of the same name is missed."""
