@@ -34,9 +34,9 @@ This page is written by the tests:
 
 {count} cells. TensorFlow {tensorflow}, Keras {keras}, Python {python}, on virtual CPU devices. \
 Figures in *italics* are of nightly tests, the others of every change. A run of some cells keeps \
-the figures of the others. The scripts are in [`tests/equivalence/`](../tests/equivalence). `fit` in \
-several processes, the models of KerasHub and Keras's own layouts on `tensor` have tests of their own: \
-[`tests/multiprocess/`](../tests/multiprocess), \
+the figures of the others. The scripts are in [`tests/equivalence/`](../tests/equivalence). \
+`fit` in several processes, the models of KerasHub and Keras's own layouts on `tensor` have tests \
+of their own: [`tests/multiprocess/`](../tests/multiprocess), \
 [`test_keras_hub.py`](../tests/integration/test_keras_hub.py) and \
 [`test_keras_layouts.py`](../tests/integration/test_keras_layouts.py).
 
