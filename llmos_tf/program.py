@@ -146,6 +146,7 @@ class ReplicaProgram(_internal.ReplicaContext):
         # Whether layers are compiled by XLA, and the block that is being traced; see
         # `llmos_tf.blocks`.
         self.compiles_blocks = False
+        self.num_compiled_blocks = 0
         self.block: Any = None
         # Whether an embedding is being called, which reads its table to look up rows.
         self.looks_up = False
@@ -234,8 +235,8 @@ class ReplicaProgram(_internal.ReplicaContext):
         """
         if key not in self._cache:
             # Outside of all blocks too.
-            outermost = self._graph.as_default(), self.having(block=None)
-            with outermost[0], outermost[1], tf.control_dependencies(None):
+            outermost = self.having(block=None)
+            with outermost, self._graph.as_default(), tf.control_dependencies(None):
                 self._cache[key] = compute()
         return self._cache[key]
 

@@ -6,6 +6,7 @@ are compiled, each forward and backward. Without tensor parallelism that is the 
 """
 
 import functools
+import warnings
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
@@ -50,8 +51,7 @@ def compiled_call(original: Any) -> Any:
             with program.having(looks_up=True):
                 return call(layer, *args, **kwargs)
         if getattr(layer, _MARK, False) and not program.compiles_blocks:
-            with program.having(compiles_blocks=True):
-                return call(layer, *args, **kwargs)
+            return _compiling_model(call, layer, args, kwargs)
         in_compiled = program.block is not None and program.block.compiled
         if not program.compiles_blocks or in_compiled or not _has_tensors(args, kwargs):
             return original(layer, *args, **kwargs)
@@ -60,12 +60,29 @@ def compiled_call(original: Any) -> Any:
     return call
 
 
+def _compiling_model(call: Callable, model: keras.Model, args: tuple, kwargs: dict) -> Any:
+    """Calls a model and says so where nothing of it could be compiled."""
+    program = current_program()
+    before = program.num_compiled_blocks
+    with program.having(compiles_blocks=True):
+        result = call(model, *args, **kwargs)
+    if program.num_compiled_blocks == before and _has_tensors(args, kwargs):
+        warnings.warn(
+            f"jit_compile=True has no effect on the model {model.name!r}: each of its layers "
+            "communicates, loops, or changes state in a way that XLA cannot compile here.",
+            stacklevel=2,
+        )
+    return result
+
+
 def _compiled(function: Callable, args: tuple, kwargs: dict) -> Any:
     """Calls a function as a compiled block, or as it is where it cannot be one."""
+    program = current_program()
     try:
-        block = Block(current_program(), function, args, kwargs, compiled=True)
+        block = Block(program, function, args, kwargs, compiled=True)
     except NotABlock:
         return function(*args, **kwargs)
+    program.num_compiled_blocks += 1
     return block.finish(block.call(block.inputs, block.captured))
 
 

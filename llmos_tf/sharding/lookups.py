@@ -43,7 +43,7 @@ def are_positions(indices: Any) -> bool:
 
 
 def _kind(x: tf.Tensor) -> str | None:
-    """ "distinct", "scalar", or None for what may repeat or differ between ranks."""
+    """Returns "distinct", "scalar", or None for what may repeat or differ between ranks."""
     value = tf.get_static_value(x)
     if value is not None:
         if value.ndim == 0:

@@ -148,6 +148,23 @@ def test_layers_around_a_loop_are_compiled(float64, compiled):
     assert "gru" not in compiled
 
 
+class Cumulated(layers.Layer):
+    """A loop, and no layer in it."""
+
+    def call(self, x):
+        return tf.scan(lambda total, row: total + row, x)
+
+
+def test_a_model_of_which_nothing_is_compiled_says_so(compiled):
+    """Fails if `jit_compile=True` is ignored without a word."""
+    with STRATEGIES["data2"]().scope():
+        model = keras.Sequential([keras.Input((6,)), Cumulated()])
+        model.compile("sgd", "mse", jit_compile=True)
+    with pytest.warns(UserWarning, match="jit_compile=True has no effect on the model"):
+        model.evaluate(FEATURES[:8], FEATURES[:8], verbose=0)
+    assert compiled == []
+
+
 def test_steps_stay_as_they_are_without_it(compiled):
     """Fails if XLA is used where nobody asked for it."""
     train(classifier, BATCHES[:1], STRATEGIES["data2"]())
