@@ -95,6 +95,8 @@ class ReplicaProgram(_internal.ReplicaContext):
         communication: "ring", "nccl" or "auto".
         sequence_parallel: whether activations between blocks are split along positions over the
             `tensor` axis.
+        context_method: "ring" or "ulysses", how attention sees the positions of the other ranks of
+            the `context` axis.
     """
 
     def __init__(
@@ -106,6 +108,7 @@ class ReplicaProgram(_internal.ReplicaContext):
         keys: CollectiveKeys,
         communication: str,
         sequence_parallel: bool = False,
+        context_method: str = "ring",
     ):
         super().__init__(strategy, replica_id_in_sync_group=0)
         self.mesh = mesh
@@ -115,6 +118,7 @@ class ReplicaProgram(_internal.ReplicaContext):
         self.keys = keys
         self.communication = communication
         self.sequence_parallel = sequence_parallel and mesh.axis_size("tensor") > 1
+        self.context_method = context_method
         # Set while an optimizer runs: what it assigns is the same on every rank already, and with
         # `update_parts` it reads and writes each rank's own part of a variable only.
         self.in_update = False

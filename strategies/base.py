@@ -15,7 +15,7 @@ Glossary:
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -33,6 +33,7 @@ from llmos_tf.strategies.keras_export import hook_export
 from llmos_tf.strategies.keras_hooks import hook_compile, replica_hooks
 from llmos_tf.strategies.keras_hub_layouts import hook_keras_hub
 from llmos_tf.strategies.keras_paths import hook_variable_paths
+from llmos_tf.strategies.options import MeshOptions
 
 
 class MeshExtended(_internal.MirroredExtended):
@@ -41,23 +42,13 @@ class MeshExtended(_internal.MirroredExtended):
     Args:
         strategy: the strategy it belongs to.
         mesh: a mesh of fully named devices.
-        zero_stage: 0 to 3; 1 and 2 cut optimizer state along `data`.
-        layout_map: the user's layout rules, or None for the model's own.
-        sequence_parallel: whether activations between blocks are split over `tensor`.
+        options: what the strategy was given beside its mesh, checked.
     """
 
-    def __init__(
-        self,
-        strategy: tf.distribute.Strategy,
-        mesh: Mesh,
-        zero_stage: int,
-        layout_map: Mapping | None,
-        sequence_parallel: bool,
-    ):
+    def __init__(self, strategy: tf.distribute.Strategy, mesh: Mesh, options: MeshOptions):
         self.mesh = mesh
-        self.zero_stage = zero_stage
-        self.sequence_parallel = sequence_parallel
-        self.layout_rules = LayoutRules(mesh, layout_map)
+        self.options = options
+        self.layout_rules = LayoutRules(mesh, options.layout_map)
         self.local_ranks = tuple(
             rank for rank, device in enumerate(mesh.devices) if devices.is_local(device)
         )
@@ -292,7 +283,7 @@ class MeshExtended(_internal.MirroredExtended):
             return layout, layout
         flat = ("fsdp",) if "fsdp" not in layout.dims else ()
         layout = dataclasses.replace(layout, flat=flat).effective(self.mesh)
-        more = ("data",) if self.zero_stage in (1, 2) else ()
+        more = ("data",) if self.options.zero_stage in (1, 2) else ()
         update_layout = dataclasses.replace(layout, flat=layout.flat + more)
         return layout, update_layout.effective(self.mesh)
 

@@ -153,7 +153,8 @@ class Engine:
             extended.tokens.values[0].handle,
             extended.collective_keys,
             extended.communication,
-            extended.sequence_parallel,
+            extended.options.sequence_parallel,
+            extended.options.context_method,
         )
 
     def _call_everywhere(self, concrete: Any, inputs: list[list[tf.Tensor]]) -> Any:

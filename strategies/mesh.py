@@ -7,6 +7,7 @@ import tensorflow as tf
 from llmos_tf import devices
 from llmos_tf.mesh import Mesh
 from llmos_tf.strategies.base import MeshExtended
+from llmos_tf.strategies.options import MeshOptions
 
 
 class MeshStrategy(tf.distribute.MirroredStrategy):
@@ -22,6 +23,13 @@ class MeshStrategy(tf.distribute.MirroredStrategy):
             `tensor` axis. None takes the model's own table.
         sequence_parallel: also split activations between blocks along positions over `tensor`
             (arXiv 2205.05198).
+        num_microbatches: into how many equal parts a replica's rows are cut for the `pipe` axis.
+        schedule: "gpipe", "1f1b", "interleaved", "zb-h1" or "zb-v"; see `strategies.schedules`.
+        num_chunks: parts of the model on each stage, for the schedule "interleaved".
+        stage_of: layer name to pipeline stage, or part of the model where a stage has several, to
+            overrule how the model is cut.
+        context_method: how attention sees positions of other ranks of the `context` axis: "ring"
+            (arXiv 2310.01889) or "ulysses" (all-to-all over heads, arXiv 2309.14509).
 
     Raises:
         ValueError: the mesh does not fit the devices, or the options do not fit the mesh.
@@ -44,15 +52,28 @@ class MeshStrategy(tf.distribute.MirroredStrategy):
         zero_stage: int = 0,
         layout_map: Mapping | None = None,
         sequence_parallel: bool = False,
+        num_microbatches: int = 1,
+        schedule: str = "1f1b",
+        num_chunks: int = 1,
+        stage_of: Mapping[str, int] | None = None,
+        context_method: str = "ring",
     ):
         if not isinstance(mesh, Mesh):
             raise ValueError(
                 f"MeshStrategy takes an llmos_tf.Mesh, such as Mesh(data=2). Received: {mesh!r}."
             )
-        _check_options(mesh, zero_stage, sequence_parallel)
-        extended = MeshExtended(
-            self, devices.resolve(mesh), zero_stage, layout_map, sequence_parallel
+        options = MeshOptions(
+            zero_stage=zero_stage,
+            layout_map=layout_map,
+            sequence_parallel=sequence_parallel,
+            num_microbatches=num_microbatches,
+            schedule=schedule,
+            num_chunks=num_chunks,
+            stage_of=dict(stage_of or {}),
+            context_method=context_method,
         )
+        options.check(mesh)
+        extended = MeshExtended(self, devices.resolve(mesh), options)
         # Past MirroredStrategy's own constructor, which would make its own `extended`.
         tf.distribute.Strategy.__init__(self, extended)
 
@@ -65,30 +86,3 @@ class MeshStrategy(tf.distribute.MirroredStrategy):
     def num_traces(self) -> int:
         """How many programs were traced so far."""
         return self.extended.engine.num_traces
-
-
-def _check_options(mesh: Mesh, zero_stage: int, sequence_parallel: bool) -> None:
-    if zero_stage not in (0, 1, 2, 3):
-        raise ValueError(f"zero_stage is 0, 1, 2 or 3. Received: {zero_stage!r}.")
-    if zero_stage in (1, 2) and mesh.axis_size("data") == 1 and mesh.size > 1:
-        raise ValueError(
-            f"zero_stage={zero_stage} cuts optimizer state along the data axis, which has size 1 "
-            f"in the mesh {mesh}. Use a data axis, or zero_stage=0 (an fsdp axis cuts everything "
-            "by itself)."
-        )
-    if zero_stage == 3 and mesh.axis_size("fsdp") == 1 and mesh.size > 1:
-        raise ValueError(
-            "zero_stage=3 cuts parameters along the fsdp axis, which has size 1 in the mesh "
-            f"{mesh}. Name the ways to split the batch fsdp in place of data: Mesh(fsdp=...)."
-        )
-    if sequence_parallel and mesh.axis_size("tensor") == 1:
-        raise ValueError(
-            "sequence_parallel=True splits positions over the tensor axis, which has size 1 in "
-            f"the mesh {mesh}. Give a tensor axis, or leave it out."
-        )
-    for axis in ("pipe", "context", "expert"):
-        if mesh.axis_size(axis) > 1:
-            raise ValueError(
-                f"The axis {axis} is not available in this version. Received: the mesh {mesh}. "
-                "Use data, fsdp and tensor."
-            )

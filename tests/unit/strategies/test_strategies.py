@@ -117,9 +117,6 @@ def test_devices_keep_their_order_and_get_full_names():
         (lambda: ZeroStrategy(0), "stage 0 is DataParallelStrategy"),
         (lambda: ZeroStrategy(4), "Received: stage=4"),
         (lambda: MeshStrategy(Mesh(data=2), sequence_parallel=True), "Give a tensor axis"),
-        (lambda: MeshStrategy(Mesh(pipe=2)), "axis pipe is not available"),
-        (lambda: MeshStrategy(Mesh(context=2)), "axis context is not available"),
-        (lambda: MeshStrategy(Mesh(expert=2)), "axis expert is not available"),
     ],
 )
 def test_a_misuse_is_named(make, named):

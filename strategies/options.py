@@ -1,0 +1,66 @@
+"""The options of a mesh strategy beside its mesh, checked against it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from llmos_tf.mesh import Mesh
+
+CONTEXT_METHODS = ("ring", "ulysses")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshOptions:
+    """What `MeshStrategy` takes beside the mesh; its docstring says what each is.
+
+    Raises:
+        ValueError: by `check`, where an option does not fit the mesh.
+    """  # noqa: DOC502
+
+    zero_stage: int = 0
+    layout_map: Mapping | None = None
+    sequence_parallel: bool = False
+    num_microbatches: int = 1
+    schedule: str = "1f1b"
+    num_chunks: int = 1
+    stage_of: Mapping[str, int] = field(default_factory=dict)
+    context_method: str = "ring"
+
+    def check(self, mesh: Mesh) -> None:
+        """Checks that the options fit a mesh.
+
+        Args:
+            mesh: the mesh.
+
+        Raises:
+            ValueError: an option that is out of range, or needs an axis that the mesh lacks.
+        """  # noqa: DOC502
+        self._check_zero(mesh)
+        self._check_positions(mesh)
+
+    def _check_zero(self, mesh: Mesh) -> None:
+        stage = self.zero_stage
+        if stage not in (0, 1, 2, 3):
+            raise ValueError(f"zero_stage is 0, 1, 2 or 3. Received: {stage!r}.")
+        if stage in (1, 2) and mesh.axis_size("data") == 1 and mesh.size > 1:
+            raise ValueError(
+                f"zero_stage={stage} cuts optimizer state along the data axis, which has size 1 "
+                f"in the mesh {mesh}. Use a data axis, or zero_stage=0 (an fsdp axis cuts "
+                "everything by itself)."
+            )
+        if stage == 3 and mesh.axis_size("fsdp") == 1 and mesh.size > 1:
+            raise ValueError(
+                "zero_stage=3 cuts parameters along the fsdp axis, which has size 1 in the mesh "
+                f"{mesh}. Name the ways to split the batch fsdp in place of data: Mesh(fsdp=...)."
+            )
+
+    def _check_positions(self, mesh: Mesh) -> None:
+        if self.sequence_parallel and mesh.axis_size("tensor") == 1:
+            raise ValueError(
+                "sequence_parallel=True splits positions over the tensor axis, which has size 1 in "
+                f"the mesh {mesh}. Give a tensor axis, or leave it out."
+            )
+        if self.context_method not in CONTEXT_METHODS:
+            raise ValueError(
+                f"context_method is {' or '.join(CONTEXT_METHODS)}. "
+                f"Received: {self.context_method!r}."
+            )
