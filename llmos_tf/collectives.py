@@ -18,6 +18,7 @@ from collections.abc import Iterable
 import tensorflow as tf
 
 from llmos_tf.blocks import NotABlock
+from llmos_tf.point_to_point import Edge
 from llmos_tf.program import MAX_INSTANCES, ReplicaProgram, require_program
 
 Axes = str | Iterable[str]
@@ -397,13 +398,14 @@ class _Group:
         return tf.reduce_sum(self.swap(self.stack_parts(x, dim)), axis=0)
 
     def permute(self, x: tf.Tensor, shift: int) -> tf.Tensor:
-        # One program for sender and receiver, so an exchange in which all parts but one are zero.
-        to = (self.index + shift) % self.size
-        parts = tf.one_hot(to, self.size, dtype=x.dtype)
-        parts = tf.reshape(parts, [self.size] + [1] * x.shape.rank)
-        sent = tf.where(parts != 0, x[tf.newaxis], tf.zeros((), x.dtype))
-        received = self.swap(sent)[(self.index - shift) % self.size]
-        return _with_shape(received, x.shape)
+        edge = Edge(self._program, self.axes, shift)
+        flat = _one_length(x)
+        key = self._instance_key(flat)
+        sent = edge.send(flat, key)
+        received = edge.receive(x.dtype, tf.shape(flat), key)
+        # Or nothing would be sent.
+        with tf.control_dependencies([sent]):
+            return _unfold(tf.identity(received), x)
 
     def part(self, x: tf.Tensor, dim: int) -> tf.Tensor:
         """This rank's equal part of `x` along `dim`."""

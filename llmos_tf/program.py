@@ -36,11 +36,28 @@ class CollectiveKeys:
         # The first key, another one for each strategy of a process.
         self.first = _internal.reserve_collective_keys()
         self._subsets: dict[tuple[str, ...], int] = {}
+        self._edges: dict[tuple, int] = {}
         self._next_instance = 1
         split = [axis for axis in AXES if mesh.axis_size(axis) > 1]
         for length in range(len(split) + 1):
             for axes in itertools.combinations(split, length):
                 self._subsets[axes] = self.first + len(self._subsets) * mesh.size
+
+    def edge_keys(self, axes: tuple[str, ...], shift: int) -> int:
+        """Returns the first of `mesh.size` keys of pairs; see `llmos_tf.point_to_point`.
+
+        Args:
+            axes: the axes of the groups in which ranks are paired, canonical.
+            shift: how many places the receiver is further than the sender.
+
+        Returns:
+            The key of the pair whose sender is rank 0.
+        """
+        edge = (axes, shift)
+        if edge not in self._edges:
+            taken = len(self._subsets) + len(self._edges)
+            self._edges[edge] = self.first + taken * self._mesh.size
+        return self._edges[edge]
 
     def next_instance(self, count: int = 1) -> int:
         """Returns keys for one more collective op.
@@ -130,6 +147,11 @@ class ReplicaProgram(_internal.ReplicaContext):
         # last one did.
         self.sharded_logits = False
         self.logits_axis: str | None = None
+        # How ranks that have the same rows split the activations of the model that is being called,
+        # and those of the logits that the last one has left as they were; see
+        # `llmos_tf.layers.stream`. None where they do not.
+        self.stream: Any = None
+        self.logits_stream: Any = None
         # New values of parts whose variables are stored whole, until they are gathered, by `id`.
         self.pending_parts: dict[int, tuple[Any, tf.Tensor]] = {}
         # Gradients of the reads of each gathered variable, by `id`: `tf.IndexedSlices` or None for

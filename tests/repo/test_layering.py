@@ -28,8 +28,10 @@ RANKS = {
     "llmos_tf.data": 1,
     "llmos_tf.planning": 1,  # no TensorFlow
     "llmos_tf.strategies.schedules": 1,  # plain data, read by the executor and by planning
+    "llmos_tf.strategies.schedule_orders": 1,
     "llmos_tf.program": 2,
     "llmos_tf.blocks": 2,
+    "llmos_tf.point_to_point": 2,
     "llmos_tf.collectives": 2,
     "llmos_tf.batch": 2,
     "llmos_tf.sharding": 2,
