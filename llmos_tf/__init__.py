@@ -37,6 +37,7 @@ _MODULES = frozenset(
         "memory",
         "mesh",
         "models",
+        "planning",
         "sharding",
         "strategies",
         "testing",

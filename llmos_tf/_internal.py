@@ -6,6 +6,7 @@ for, or why there is none.
 """
 
 import contextlib
+import inspect
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -101,6 +102,7 @@ __all__ = [
     "connected_cluster",
     "current_path",
     "eager_context",
+    "graph_of_function",
     "in_synced_reads",
     "is_keras_predict_step",
     "is_keras_step",
@@ -109,6 +111,7 @@ __all__ = [
     "keras_random_seed",
     "legacy_h5_format",
     "lost_workers",
+    "model_of_predict_step",
     "op_seeds",
     "patched",
     "regroup",
@@ -166,6 +169,13 @@ def is_keras_predict_step(fn: Any) -> bool:
     return name == "TensorFlowTrainer.make_predict_function.<locals>.one_step_on_data"
 
 
+def model_of_predict_step(fn: Any) -> Any:
+    """Returns the model whose `predict` made a step, which nothing but the step itself knows."""
+    while hasattr(fn, "__wrapped__"):
+        fn = fn.__wrapped__
+    return inspect.getclosurevars(fn).nonlocals["self"]
+
+
 def connected_cluster() -> tuple[list[str], int] | None:
     """Returns the addresses of the processes this one has joined and its index, or None."""
     server = eager_context.context()._collective_ops_server_def
@@ -205,6 +215,11 @@ def written_captures(concrete: Any) -> list[Any]:
         for i, tensor in enumerate(concrete.captured_inputs, first)
         if tensor.dtype.name == "resource" and i not in read_only
     ]
+
+
+def graph_of_function(graph: Any, name: str) -> Any:
+    """Returns the graph of a function that ops of `graph` call, which is not public."""
+    return graph._get_function(name).graph
 
 
 def call_with_captures(concrete: Any, inputs: list[Any], captures: list[Any]) -> Any:

@@ -84,24 +84,47 @@ def share(dtype: tf.DType) -> tf.Tensor:
         dtype: floating-point type of the result.
 
     Returns:
-        Scalar; the sum over the parts of the batch is 1.
+        Scalar; the sum over the parts of the batch, and over the microbatches, is 1.
     """
     program = require_program("batch.share")
     if program.rows is None:
-        return tf.constant(1 / program.mesh.batch_ways, dtype)
+        return tf.constant(1 / num_parts(), dtype)
 
     def compute():
         mine = tf.cast(program.rows, tf.float64)
-        return tf.math.divide_no_nan(mine, collectives.all_reduce(mine, BATCH_AXES))
+        return tf.math.divide_no_nan(mine, everywhere(mine))
 
     return tf.cast(program.once("share", compute), dtype)
+
+
+def num_parts() -> int:
+    """Returns into how many parts the batch is cut: over ranks, and in a pipeline over time."""
+    program = require_program("batch.num_parts")
+    microbatches = 1 if program.trace is None else program.trace.num_microbatches
+    return program.mesh.batch_ways * microbatches
+
+
+def everywhere(count: tf.Tensor) -> tf.Tensor:
+    """Sums a number that is not differentiated over all parts of the batch.
+
+    Args:
+        count: this rank's, or this microbatch's.
+
+    Returns:
+        The sum, on every rank.
+    """
+    program = require_program("batch.everywhere")
+    if program.trace is not None:
+        return program.trace.total(counted(count))
+    return collectives.all_reduce(counted(count), BATCH_AXES)
 
 
 def total(x: tf.Tensor) -> tf.Tensor:
     """Sums over the parts of the batch; the gradient is that of this rank's part alone.
 
     So a loss has the value of one device on every rank, whatever is done with it, and the sum of
-    the ranks' gradients is the gradient of one device.
+    the ranks' gradients is the gradient of one device. In a pipeline, where the other microbatches
+    are not there yet, it is this microbatch's part of the sum.
 
     Args:
         x: this rank's part of the sum.
@@ -109,6 +132,8 @@ def total(x: tf.Tensor) -> tf.Tensor:
     Returns:
         The sum, on every rank.
     """
+    if require_program("batch.total").trace is not None:
+        return counted(x)
     return collectives.reduce_from_axis(counted(x), BATCH_AXES)
 
 

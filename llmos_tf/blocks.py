@@ -92,16 +92,29 @@ class Block:
 
     # --- what the function does while it is traced ------------------------------------------------
 
-    def read(self, key: Any, read: Callable[[], tf.Tensor]) -> tf.Tensor:
+    def lifts(self, layout: Any) -> bool:
+        """Returns whether a variable is gathered outside of the block: XLA knows no collectives.
+
+        Args:
+            layout: how it lies on the mesh.
+
+        Returns:
+            Whether what is gathered is an input of the block.
+        """
+        return self.compiled and not layout.is_whole
+
+    def read(self, kind: str, variable: Any, read: Callable[[], tf.Tensor]) -> tf.Tensor:
         """Returns a value that is read outside, once for the block.
 
         Args:
-            key: names the value.
+            kind: which value of the variable: "part", "slice" or "full".
+            variable: a variable of the mesh.
             read: reads it, in the program around the block.
 
         Returns:
             The value, an input of the block.
         """
+        key = (kind, id(variable))
         if key not in self._lifted:
             spare = self._program.spare_reads.pop((id(self._outer_graph), key), None)
             if spare is None:

@@ -443,11 +443,23 @@ class _Group:
 
         So an op that may see another number of rows in the next step gets a key for each number.
         """
-        key = self._program.instance_key()
+        key = self._program.instance_key(self.axes)
         if x.shape.is_fully_defined():
             return key
-        length = tf.shape(x)[x.shape.as_list().index(None)]
-        return key + MAX_INSTANCES * (1 + length % _MAX_LENGTHS)
+        return with_length(key, tf.shape(x)[x.shape.as_list().index(None)])
+
+
+def with_length(key: int | tf.Tensor, length: tf.Tensor) -> tf.Tensor:
+    """Returns the key of an op for one length of what it communicates.
+
+    Args:
+        key: of the op, an instance key.
+        length: int32 scalar.
+
+    Returns:
+        int32 scalar; TensorFlow remembers one shape for each key.
+    """
+    return key + MAX_INSTANCES * (1 + length % _MAX_LENGTHS)
 
 
 def _move_dim(x: tf.Tensor, source: int, target: int) -> tf.Tensor:

@@ -37,7 +37,7 @@ class CollectiveKeys:
         self.first = _internal.reserve_collective_keys()
         self._subsets: dict[tuple[str, ...], int] = {}
         self._edges: dict[tuple, int] = {}
-        self._next_instance = 1
+        self._next_instance: dict[Any, int] = {"pipe": 1}
         split = [axis for axis in AXES if mesh.axis_size(axis) > 1]
         for length in range(len(split) + 1):
             for axes in itertools.combinations(split, length):
@@ -59,10 +59,16 @@ class CollectiveKeys:
             self._edges[edge] = self.first + taken * self._mesh.size
         return self._edges[edge]
 
-    def next_instance(self, count: int = 1) -> int:
+    def next_instance(self, kind: Any, count: int = 1) -> int:
         """Returns keys for one more collective op.
 
+        Processes trace the programs of the stages that they have, and the keys of a group have to
+        agree in those that have some of its ranks. So each kind is counted by itself: the
+        number of a stage for the ops of its program among its own ranks; "pipe" for those that
+        the programs of all stages have alike; "trace" for those in traces that all processes make.
+
         Args:
+            kind: of the op.
             count: how many: one for each time that the op may run in a step.
 
         Returns:
@@ -72,15 +78,34 @@ class CollectiveKeys:
         Raises:
             RuntimeError: the strategy has traced more than `MAX_INSTANCES` of them.
         """
-        key = self._next_instance
-        self._next_instance += count
-        if self._next_instance > MAX_INSTANCES:
+        key = self._next_instance.setdefault(kind, 1)
+        self._next_instance[kind] += count
+        # Without stages there is one kind.
+        begin, size = 0, MAX_INSTANCES
+        if self._mesh.axis_size("pipe") > 1:
+            size = MAX_INSTANCES // 4
+            begin = {"pipe": size, "trace": 2 * size}.get(kind, 0)
+        if self._next_instance[kind] > size:
             raise RuntimeError(
-                f"A strategy may trace {MAX_INSTANCES} collective ops, and this one has. Most "
-                "likely a program is traced again at every step: call strategy.run inside one "
-                "tf.function, with arguments of the same shapes."
+                f"A strategy may trace {size} collective ops, and this one has. Most likely a "
+                "program is traced again at every step: call strategy.run inside one tf.function, "
+                "with arguments of the same shapes."
             )
-        return key
+        return begin + key
+
+    def each_stage(self, stages: Iterable[Any]) -> Iterator[Any]:
+        """Yields stages, at each of which ops that all stages have alike are counted anew.
+
+        Args:
+            stages: one item for each stage's program.
+
+        Yields:
+            The items.
+        """
+        start = self._next_instance["pipe"]
+        for stage in stages:
+            self._next_instance["pipe"] = start
+            yield stage
 
     def group_strides(self, axes: tuple[str, ...]) -> tuple[int, list[int]]:
         """Returns (base, strides): a rank's key along `axes` is base + coordinate · strides.
@@ -114,6 +139,8 @@ class ReplicaProgram(_internal.ReplicaContext):
             `tensor` axis.
         context_method: "ring" or "ulysses", how attention sees the positions of the other ranks of
             the `context` axis.
+        position: among this process's ranks, of the one for which the program is traced.
+        stage: the position of its ranks on the `pipe` axis.
     """
 
     def __init__(
@@ -126,9 +153,14 @@ class ReplicaProgram(_internal.ReplicaContext):
         communication: str,
         sequence_parallel: bool = False,
         context_method: str = "ring",
+        position: int = 0,
+        stage: int = 0,
     ):
-        super().__init__(strategy, replica_id_in_sync_group=0)
+        # The base class takes a variable's component by this.
+        super().__init__(strategy, replica_id_in_sync_group=position)
         self.mesh = mesh
+        self.position = position
+        self.stage = stage
         # Captured here, in the outermost graph: the backward body of a loop cannot capture an eager
         # tensor that its forward body did not.
         self.token = tf.compat.v1.get_default_graph().capture(token)
@@ -139,6 +171,8 @@ class ReplicaProgram(_internal.ReplicaContext):
         # Set while an optimizer runs: what it assigns is the same on every rank already, and with
         # `update_parts` it reads and writes each rank's own part of a variable only.
         self.in_update = False
+        # Whether only variables that this stage holds are used, as in a pipeline.
+        self.own_stage = False
         self.update_parts = False
         self.gradients_synced = False
         # Whether the program has a collective.
@@ -169,6 +203,11 @@ class ReplicaProgram(_internal.ReplicaContext):
         self.rows: tf.Tensor | None = None
         # Statistics that each rank has updated by its own rows, to be averaged at the end, by `id`.
         self.statistics: dict[int, Any] = {}
+        # The trace of a model of which a pipeline's parts are cut, while there is one.
+        self.trace: Any = None
+        # What the programs of all stages share, in the order in which they come to it.
+        self.shared: list[Any] = []
+        self._num_shared = 0
         # Whether layers are compiled by XLA, and the block that is being traced; see
         # `llmos_tf.blocks`.
         self.compiles_blocks = False
@@ -186,6 +225,10 @@ class ReplicaProgram(_internal.ReplicaContext):
     def replica_id_in_sync_group(self) -> tf.Tensor:
         """Index of this rank's rows of the batch, int32 scalar, as `tf.distribute` counts."""
         return self.axis_index(("data", "fsdp"))
+
+    def own_coordinate(self) -> tf.Tensor:
+        """Returns this rank's position on each axis, int32 ``[axes]``."""
+        return self._coordinate
 
     def axis_index(self, axes: str | Iterable[str]) -> tf.Tensor:
         """Returns the position of this rank in its group along `axes`.
@@ -214,14 +257,18 @@ class ReplicaProgram(_internal.ReplicaContext):
         """
         return self._dot(*self.keys.group_strides(axes))
 
-    def instance_key(self) -> int | tf.Tensor:
+    def instance_key(self, axes: tuple[str, ...]) -> int | tf.Tensor:
         """Returns a key for one more collective op, below `MAX_INSTANCES`.
+
+        Args:
+            axes: along which it communicates, canonical.
 
         Returns:
             An integer; int32 scalar in a block that may run again, where it is another one.
         """
+        kind = "pipe" if "pipe" in axes else self.stage
         levels = 0 if self.block is None else self.block.levels
-        key = self.keys.next_instance(2**levels)
+        key = self.keys.next_instance(kind if self.trace is None else "trace", 2**levels)
         return key + self.block.key_offset() if levels else key
 
     def member_places(self, axes: tuple[str, ...]) -> tf.Tensor | None:
@@ -265,6 +312,30 @@ class ReplicaProgram(_internal.ReplicaContext):
             with outermost, self._graph.as_default(), tf.control_dependencies(None):
                 self._cache[key] = compute()
         return self._cache[key]
+
+    def require(self, tensors: Iterable[tf.Tensor]) -> None:
+        """Has tensors computed that nothing else depends on, such as what tells that it was sent.
+
+        Args:
+            tensors: of the program's outermost graph.
+        """
+        with tf.control_dependencies(list(tensors)):
+            # TensorFlow leaves nothing out that changes a resource.
+            tf.raw_ops.AssignAddVariableOp(resource=self.token, value=tf.zeros([]))
+
+    def share(self, make: Callable[[], Any]) -> Any:
+        """Returns what the program of each stage asks for at the same place.
+
+        Args:
+            make: makes it, for the program that is traced first.
+
+        Returns:
+            The same object in all of them.
+        """
+        if self._num_shared == len(self.shared):
+            self.shared.append(make())
+        self._num_shared += 1
+        return self.shared[self._num_shared - 1]
 
     def _dot(self, base: int, strides: list[int]) -> tf.Tensor:
         """base + coordinate · strides, once per program, in its outermost graph."""

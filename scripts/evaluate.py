@@ -28,6 +28,8 @@ _FLAGS = (
     "mesh",
     "zero_stage",
     "sequence_parallel",
+    "microbatches",
+    "context_method",
     "virtual_devices",
     "global_batch",
     "seq_len",

@@ -1,7 +1,7 @@
 """The flags of all programs, and how a program starts, helps and refuses.
 
-A flag has one name and one meaning everywhere. Flags are read here only; from here on a run is a
-`RunOptions`.
+A flag has one name and one meaning everywhere. Flags are read here only; from here on a run is the
+options of scripts/options.py.
 """
 
 import contextlib
@@ -9,14 +9,12 @@ import inspect
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import tensorflow as tf
 from absl import app, flags
 
-from llmos_tf.mesh import Mesh
+from llmos_tf.scripts.options import PlanOptions, RunOptions, VerifyOptions
 
 FLAGS = flags.FLAGS
 
@@ -32,6 +30,18 @@ flags.DEFINE_multi_string(
 FLAGS["mesh"].help = FLAGS["mesh"].help.rpartition(";")[0]
 flags.DEFINE_integer("zero_stage", 0, "ZeRO stage, 0 to 3; 3 needs an fsdp axis.")
 flags.DEFINE_bool("sequence_parallel", False, "Also split positions over the tensor axis.")
+flags.DEFINE_integer("microbatches", 1, "Parts of a batch that go down the pipe axis in turn.")
+flags.DEFINE_string(
+    "schedule",
+    "1f1b",
+    "Order of the work on the pipe axis: gpipe, 1f1b, interleaved, zb-h1 or zb-v.",
+)
+flags.DEFINE_integer(
+    "num_chunks", 1, "Parts of the model on a stage of the pipe axis, for interleaved."
+)
+flags.DEFINE_string(
+    "context_method", "ring", "How attention crosses the context axis: ring or ulysses."
+)
 flags.DEFINE_integer("virtual_devices", None, "CPU devices to make; by default what --mesh needs.")
 flags.DEFINE_integer("global_batch", 16, "Sequences in a step, over all devices.")
 flags.DEFINE_integer("seq_len", None, "Tokens in a sequence; by default all the model's positions.")
@@ -54,6 +64,15 @@ flags.DEFINE_integer("max_new_tokens", None, "Tokens to add; by default all posi
 flags.DEFINE_float("temperature", 0.7, "Divides the logits; 0 takes the likeliest token.")
 flags.DEFINE_integer("top_k", None, "Sample among the k likeliest tokens.")
 flags.DEFINE_float("top_p", None, "Sample among the likeliest tokens of this probability together.")
+flags.DEFINE_string(
+    "draw_schedule",
+    None,
+    "Pipeline schedule to draw: gpipe, 1f1b, interleaved, zb-h1 or zb-v.",
+)
+flags.DEFINE_integer("stages", 4, "Stages of the pipeline that is drawn.")
+flags.DEFINE_string(
+    "png", None, "File of the picture; by default schedule-<name>-<stages>x<microbatches>.png here."
+)
 flags.DEFINE_string("model", None, "MODULE:FUNCTION that returns a compiled keras.Model.")
 flags.DEFINE_string(
     "batches",
@@ -73,112 +92,6 @@ flags.DEFINE_float(
     "Allowed is |Δ| <= tolerance · (1 + |value on one device|). By default 1e-9 in float64, 1e-4 "
     "in float32, 1e-2 in mixed_bfloat16 and mixed_float16.",
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunOptions:
-    """What the flags said, checked. Fields have the flags' names and meanings.
-
-    Raises:
-        ValueError: a value that no run can have.
-    """
-
-    preset: str
-    mesh: str
-    zero_stage: int
-    sequence_parallel: bool
-    virtual_devices: int | None
-    global_batch: int
-    seq_len: int | None
-    steps: int
-    learning_rate: float
-    data: str
-    tokenizer: str | None
-    workdir: str | None
-    checkpoint: str | None
-    resume: bool
-    save_every: int
-    seed: int
-    json: str | None
-
-    def __post_init__(self):
-        for name in ("global_batch", "steps", "save_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} is at least 1. Received: {getattr(self, name)}.")
-        if self.seq_len is not None and self.seq_len < 2:
-            raise ValueError(f"--seq_len is at least 2. Received: {self.seq_len}.")
-        if not self.learning_rate > 0:
-            raise ValueError(f"--learning_rate is above 0. Received: {self.learning_rate}.")
-        if not 0 <= self.seed < 2**31:
-            raise ValueError(f"--seed is from 0 to {2**31 - 1}. Received: {self.seed}.")
-        for name in ("data", "mesh"):
-            if not getattr(self, name):
-                raise ValueError(f"--{name} is empty. See --help for what it takes.")
-        _check_folder_of(self.json)
-        if self.resume and not self.workdir:
-            raise ValueError("--resume goes on from a checkpoint in --workdir. Name the folder.")
-        if self.parsed_mesh.batch_ways > 1 and self.global_batch % self.parsed_mesh.batch_ways:
-            ways = self.parsed_mesh.batch_ways
-            raise ValueError(
-                f"--global_batch={self.global_batch} is split over data × fsdp = {ways} parts of "
-                f"the mesh {self.parsed_mesh}, which does not divide it. Take a multiple of {ways}."
-            )
-
-    @property
-    def parsed_mesh(self) -> Mesh:
-        """The mesh, without devices."""
-        return Mesh.from_string(self.mesh)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns the fields as JSON takes them."""
-        return asdict(self)
-
-
-@dataclass(frozen=True, kw_only=True)
-class VerifyOptions:
-    """What the flags of llmos-verify said, checked. Fields have the flags' names and meanings.
-
-    Raises:
-        ValueError: a value that no verification can have.
-    """
-
-    model: str
-    batches: str
-    mesh: tuple[str, ...]
-    zero_stage: int
-    sequence_parallel: bool
-    layout_map: str | None
-    steps: int
-    dtype: str
-    tolerance: float | None
-    virtual_devices: int | None
-    seed: int
-    json: str | None
-
-    def __post_init__(self):
-        for name, what in (
-            ("model", "makes a compiled model"),
-            ("batches", "yields global batches"),
-        ):
-            if not getattr(self, name):
-                raise ValueError(
-                    f"--{name}=MODULE:FUNCTION is missing: the function that {what}. "
-                    "See --help for an example."
-                )
-        if self.steps < 1:
-            raise ValueError(f"--steps is at least 1. Received: {self.steps}.")
-        if not 0 <= self.seed < 2**31:
-            raise ValueError(f"--seed is from 0 to {2**31 - 1}. Received: {self.seed}.")
-        if len(set(map(str, self.parsed_meshes))) < len(self.mesh):
-            raise ValueError(
-                f"A mesh is given twice. Received: --mesh={' --mesh='.join(self.mesh)}."
-            )
-        _check_folder_of(self.json)
-
-    @property
-    def parsed_meshes(self) -> list[Mesh]:
-        """The meshes, without devices."""
-        return [Mesh.from_string(text) for text in self.mesh]
 
 
 def options_from_flags() -> RunOptions:
@@ -217,6 +130,21 @@ def verify_options_from_flags() -> VerifyOptions:
     return VerifyOptions(**values)
 
 
+def plan_options_from_flags() -> PlanOptions:
+    """Returns the options of a plan.
+
+    Returns:
+        The options, checked.
+
+    Raises:
+        ValueError: flags that do not go together.
+    """  # noqa: DOC502
+    values = {name: FLAGS[name].value for name in PlanOptions.__dataclass_fields__}
+    if not FLAGS["microbatches"].present:
+        values["microbatches"] = 2 * values["stages"]
+    return PlanOptions(**values)
+
+
 def start(main: Callable[[], int | None], used: Sequence[str]) -> None:
     """Runs a program: parses its flags, prints its help, exits with its status.
 
@@ -252,15 +180,6 @@ def refuse(message: str) -> None:
     name = Path(sys.argv[0]).stem
     print(f"{name}: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)
-
-
-def _check_folder_of(path: str | None) -> None:
-    """Finds before the run that its results could not be written."""
-    if path and not Path(path).absolute().parent.is_dir():
-        raise ValueError(
-            f"--json={path}: the folder {Path(path).absolute().parent} does not exist. Make it "
-            "first, or name a file in another one."
-        )
 
 
 def _parse(argv: list[str], doc: str | None, names: Sequence[str]) -> list[str]:

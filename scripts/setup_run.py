@@ -11,14 +11,14 @@ from llmos_tf import devices
 from llmos_tf.checkpoint import latest_checkpoint, load_config
 from llmos_tf.config import ModelConfig
 from llmos_tf.data import TextData
-from llmos_tf.models import GPT, Llama, get_preset
+from llmos_tf.models import GPT, Llama, Mixtral, get_preset
 from llmos_tf.models.language_model import LanguageModel
-from llmos_tf.scripts.flags import RunOptions
+from llmos_tf.scripts.options import RunOptions
 from llmos_tf.strategies import MeshStrategy
 from llmos_tf.training.evaluation import HeldOutLoss, evaluate
 from llmos_tf.training.reporting import bar_interval
 
-_MODELS: tuple[type[LanguageModel], ...] = (GPT, Llama)
+_MODELS: tuple[type[LanguageModel], ...] = (GPT, Llama, Mixtral)
 
 
 def make_strategy(options: RunOptions) -> MeshStrategy:
@@ -42,7 +42,13 @@ def make_strategy(options: RunOptions) -> MeshStrategy:
     if wanted is not None:
         devices.configure_virtual_cpus(wanted)
     return MeshStrategy(
-        mesh, zero_stage=options.zero_stage, sequence_parallel=options.sequence_parallel
+        mesh,
+        zero_stage=options.zero_stage,
+        sequence_parallel=options.sequence_parallel,
+        num_microbatches=options.microbatches,
+        schedule=options.schedule,
+        num_chunks=options.num_chunks,
+        context_method=options.context_method,
     )
 
 
@@ -164,13 +170,26 @@ def sequence_length(options: RunOptions, config: ModelConfig) -> int:
             f"--seq_len={length} is more than the {config.max_positions} positions of "
             f"{options.preset}. Take at most {config.max_positions}, or a larger preset."
         )
-    ways = options.parsed_mesh.axis_size("tensor") if options.sequence_parallel else 1
+    _check_split(options, length)
+    return length
+
+
+def _check_split(options: RunOptions, length: int) -> None:
+    """Finds positions that the axes which split them do not divide."""
+    mesh, ways, of = options.parsed_mesh, 1, []
+    if mesh.axis_size("context") > 1:
+        # The ring balances causal attention: each rank has an early and a late piece.
+        pieces = 2 if options.context_method == "ring" else 1
+        ways *= pieces * mesh.axis_size("context")
+        of.append(f"{'2 × ' * (pieces > 1)}context={mesh.axis_size('context')}")
+    if options.sequence_parallel:
+        ways *= mesh.axis_size("tensor")
+        of.append(f"tensor={mesh.axis_size('tensor')}")
     if length % ways:
         raise ValueError(
-            f"--sequence_parallel splits {length} positions over tensor={ways}, which does not "
-            f"divide them. Take a --seq_len that is a multiple of {ways}."
+            f"{length} positions are split over {' × '.join(of)}, which does not divide them. Take "
+            f"a --seq_len that is a multiple of {ways}."
         )
-    return length
 
 
 def new_workdir(options: RunOptions) -> Path:

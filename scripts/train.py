@@ -24,8 +24,10 @@ from llmos_tf.checkpoint import latest_checkpoint, restore_checkpoint, save_chec
 from llmos_tf.data import BatchIterator, TextData, bigram_bits_per_byte, load_text_data
 from llmos_tf.inference import SamplingConfig, generate
 from llmos_tf.layers import TokenCrossEntropy
+from llmos_tf.models import Mixtral
 from llmos_tf.models.language_model import LanguageModel
-from llmos_tf.scripts.flags import RunOptions, options_from_flags, refusing_misuse, start
+from llmos_tf.scripts.flags import options_from_flags, refusing_misuse, start
+from llmos_tf.scripts.options import RunOptions
 from llmos_tf.scripts.setup_run import (
     evaluate_with_bar,
     make_model,
@@ -45,6 +47,10 @@ _FLAGS = (
     "mesh",
     "zero_stage",
     "sequence_parallel",
+    "microbatches",
+    "schedule",
+    "num_chunks",
+    "context_method",
     "virtual_devices",
     "global_batch",
     "seq_len",
@@ -180,7 +186,7 @@ def _train(run: TrainingRun) -> int | None:
         for step in range(run.first_step + 1, options.steps + 1):
             rate = float(model.optimizer.learning_rate)
             loss = float(step_fn(next(run.batches)))
-            report.step(step, loss=loss, learning_rate=rate)
+            report.step(step, loss=loss, learning_rate=rate, **_routing(model))
             if step % options.save_every == 0 or step == options.steps or stop.requested:
                 _save(run, step)
                 report.pause()
@@ -188,6 +194,13 @@ def _train(run: TrainingRun) -> int | None:
                 report.say(f"{stop.requested} received.")
                 return step
     return None
+
+
+def _routing(model: LanguageModel) -> dict[str, float]:
+    """How busy the experts of a mixture model were in the last step."""
+    if not isinstance(model, Mixtral):
+        return {}
+    return {name: float(value) for name, value in model.routing_summary().items()}
 
 
 def _save(run: TrainingRun, step: int) -> None:

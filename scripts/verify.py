@@ -36,7 +36,8 @@ import tensorflow as tf
 import tqdm
 
 from llmos_tf import devices
-from llmos_tf.scripts.flags import VerifyOptions, refusing_misuse, start, verify_options_from_flags
+from llmos_tf.scripts.flags import refusing_misuse, start, verify_options_from_flags
+from llmos_tf.scripts.options import VerifyOptions
 from llmos_tf.testing import Report, Row, Verification
 from llmos_tf.testing.runs import describe
 from llmos_tf.testing.verification import report_of
@@ -47,6 +48,10 @@ _FLAGS = (
     "mesh",
     "zero_stage",
     "sequence_parallel",
+    "microbatches",
+    "schedule",
+    "num_chunks",
+    "context_method",
     "layout_map",
     "steps",
     "dtype",
@@ -109,6 +114,10 @@ def _verification(options: VerifyOptions) -> Verification:
         zero_stage=options.zero_stage,
         sequence_parallel=options.sequence_parallel,
         layout_map=layouts,
+        num_microbatches=options.microbatches,
+        schedule=options.schedule,
+        num_chunks=options.num_chunks,
+        context_method=options.context_method,
         dtype=options.dtype,
         tolerance=options.tolerance,
         seed=options.seed,

@@ -34,6 +34,7 @@ from llmos_tf.strategies.keras_hooks import hook_compile, replica_hooks
 from llmos_tf.strategies.keras_hub_layouts import hook_keras_hub
 from llmos_tf.strategies.keras_paths import hook_variable_paths
 from llmos_tf.strategies.options import MeshOptions
+from llmos_tf.strategies.pipeline.steps import hook_steps, place_model_of
 
 
 class MeshExtended(_internal.MirroredExtended):
@@ -49,6 +50,11 @@ class MeshExtended(_internal.MirroredExtended):
         self.mesh = mesh
         self.options = options
         self.layout_rules = LayoutRules(mesh, options.layout_map)
+        self.schedule = options.make_schedule(mesh)
+        # The stage that has the last part of a model.
+        self.result_stage = 0
+        if self.schedule is not None:
+            self.result_stage = self.schedule.stage_of_part(self.schedule.num_parts - 1)
         self.local_ranks = tuple(
             rank for rank, device in enumerate(mesh.devices) if devices.is_local(device)
         )
@@ -59,6 +65,7 @@ class MeshExtended(_internal.MirroredExtended):
         hook_variable_paths()
         hook_remat()
         hook_keras_hub()
+        hook_steps()
         self.communication = _communication(local)
         self.collective_keys = CollectiveKeys(mesh)
         self.engine = Engine(self)
@@ -66,15 +73,16 @@ class MeshExtended(_internal.MirroredExtended):
         self.spans_processes = len(self.local_ranks) < mesh.size
         # The parts of the batch that this process works on.
         self.local_batch_parts = self._batch_parts_of(self.local_ranks)
-        # Positions, among the local ranks, of one rank for each of them.
-        self.batch_representatives = tuple(
-            next(
-                position
-                for position, rank in enumerate(self.local_ranks)
-                if mesh.index_along(rank, BATCH_AXES) == part
-            )
-            for part in self.local_batch_parts
+        # Positions among the local ranks, for each stage of which this process has some.
+        self.positions_by_stage = tuple(
+            positions
+            for stage in range(mesh.axis_size("pipe"))
+            if (positions := [i for i in range(len(local)) if self.stage_of_position(i) == stage])
         )
+        # Positions of one rank for each part of the batch.
+        self.batch_representatives = tuple(map(self._representative, self.local_batch_parts))
+        # Weights of models that were not cut into stages yet.
+        self.waiting: list[ShardedVariable] = []
         self.tokens = self._make_tokens()
 
     def _make_tokens(self) -> _internal.MirroredVariable:
@@ -106,6 +114,27 @@ class MeshExtended(_internal.MirroredExtended):
         """
         return self.local_batch_parts.index(self.mesh.index_along(rank, BATCH_AXES))
 
+    def stage_of_position(self, position: int) -> int:
+        """Returns the place on the axis `pipe` of a local rank.
+
+        Args:
+            position: of the rank, among the local ones.
+
+        Returns:
+            The stage.
+        """
+        return self.mesh.index_along(self.local_ranks[position], "pipe")
+
+    def _representative(self, part: int) -> int:
+        """Position of a local rank that has the results of a part of the batch."""
+        positions = [
+            position
+            for position, rank in enumerate(self.local_ranks)
+            if self.mesh.index_along(rank, BATCH_AXES) == part
+        ]
+        at_end = [i for i in positions if self.stage_of_position(i) == self.result_stage]
+        return (at_end or positions)[0]
+
     def _batch_parts_of(self, ranks: Iterable[int]) -> tuple[int, ...]:
         return tuple(sorted({self.mesh.index_along(rank, BATCH_AXES) for rank in ranks}))
 
@@ -130,6 +159,8 @@ class MeshExtended(_internal.MirroredExtended):
         self.layout_rules.check_all_used()
         if _internal.is_keras_step(fn):
             args = split_batch(args, self._container_strategy())
+        if self.schedule is not None:
+            place_model_of(self, fn, args)
         if self.spans_processes and _internal.is_keras_predict_step(fn):
             # Keras puts together what this process has.
             return reductions.run_gathering(self, fn, args, kwargs)
@@ -256,19 +287,35 @@ class MeshExtended(_internal.MirroredExtended):
         shape = tuple(initial.shape)
         layout, update_layout = self._layouts_for(path, shape, kwargs, beside)
         kind = SeedVariable if name == "seed_generator_state" else ShardedVariable
-        components = self._create_components(next_creator, name, kwargs, initial, layout)
+
+        def make(value, layout):
+            return self._create_components(next_creator, name, kwargs, value, layout)
+
+        # Which stages hold a weight is known when its model is cut. The rest is on all of them.
+        waits = self.mesh.axis_size("pipe") > 1 and kind is ShardedVariable and shape != ()
+        waits = waits and layout.stages is None
         variable = kind(
             self._container_strategy(),
-            components,
+            self._on_host(next_creator, name, kwargs, initial) if waits else make(initial, layout),
             kwargs.get("aggregation") or tf.VariableAggregation.NONE,
             layout,
             update_layout,
             shape,
             path,
         )
+        if waits:
+            variable.wait(make)
+            is_state = isinstance(beside, ShardedVariable) and beside.waits
+            (beside.companions if is_state else self.waiting).append(variable)
         if kind is SeedVariable:
             variable.assign(initial)
         return variable
+
+    def _on_host(self, next_creator, name, kwargs, initial) -> list[tf.Variable]:
+        """One variable in place of all components."""
+        with tf.init_scope(), _internal.stop_recording(), tf.device("CPU:0"):
+            variable = next_creator(**_component_arguments(kwargs, name, initial))
+        return [variable] * len(self.local_ranks)
 
     def _layouts_for(self, path, shape, kwargs, beside) -> tuple[Layout, Layout]:
         """Layout in storage and layout for the optimizer."""
@@ -288,11 +335,6 @@ class MeshExtended(_internal.MirroredExtended):
         return layout, update_layout.effective(self.mesh)
 
     def _create_components(self, next_creator, name, kwargs, initial, layout):
-        kwargs = {**kwargs, "shape": None, "aggregation": tf.VariableAggregation.NONE}
-        kwargs["synchronization"] = tf.VariableSynchronization.AUTO
-        # An optimizer may be built while a program is traced. TensorFlow would put an initializer
-        # for each rank's variable into the one program.
-        kwargs["experimental_enable_variable_lifting"] = False
         components = []
         for position, device in enumerate(self._devices):
             rank = self.local_ranks[position]
@@ -300,9 +342,8 @@ class MeshExtended(_internal.MirroredExtended):
                 with tf.device("CPU:0"):
                     part = layout.part_of(initial, self.mesh, rank)
                 with tf.device(device):
-                    kwargs["initial_value"] = part
-                    kwargs["name"] = name if position == 0 else f"{name}/rank_{rank}/"
-                    components.append(next_creator(**kwargs))
+                    own_name = name if position == 0 else f"{name}/rank_{rank}/"
+                    components.append(next_creator(**_component_arguments(kwargs, own_name, part)))
         return components
 
     def _create_metric_variable(self, next_creator, name, kwargs):
@@ -318,6 +359,21 @@ def _initial_value(kwargs: dict) -> tf.Tensor:
     with tf.init_scope(), _internal.stop_recording(), tf.device("CPU:0"):
         value = initial() if callable(initial) else initial
         return tf.convert_to_tensor(value, dtype=kwargs.get("dtype"))
+
+
+def _component_arguments(kwargs: dict, name: str, value: tf.Tensor) -> dict:
+    """What the maker of a plain variable is told, for one component."""
+    return {
+        **kwargs,
+        "shape": None,
+        "aggregation": tf.VariableAggregation.NONE,
+        "synchronization": tf.VariableSynchronization.AUTO,
+        # An optimizer may be built while a program is traced. TensorFlow would put an initializer
+        # for each rank's variable into the one program.
+        "experimental_enable_variable_lifting": False,
+        "name": name,
+        "initial_value": value,
+    }
 
 
 def _is_number(dtype: tf.DType) -> bool:

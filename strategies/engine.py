@@ -70,19 +70,56 @@ class Engine:
         rows = None
         if batch.weighs_rows(fn):
             rows, inputs = self._lend_rows(per_rank, inputs, specs)
+        lends = rows is not None
+        if rows is None:
+            rows = [tf.constant(0)] * len(inputs)
+        values = [[own, *tensors] for own, tensors in zip(rows, inputs, strict=True)]
+        results: dict[int, Any] = {}
+        shared: list[Any] = []
+        for positions in extended.collective_keys.each_stage(extended.positions_by_stage):
+            traced = self._trace(fn, positions[0], per_rank[0], is_tensor, lends, specs, shared)
+            for position in positions:
+                results[position] = self._call(traced, position, values[position])
+        return _internal.regroup(tuple(results[i] for i in extended.batch_representatives))
 
-        programs = []
+    def _trace(
+        self,
+        fn: Callable,
+        position: int,
+        arguments: Any,
+        is_tensor: list[bool],
+        lends: bool,
+        specs: list[tf.TensorSpec],
+        shared: list[Any],
+    ) -> Any:
+        """Traces the program of the stage of a local rank, as a concrete function.
+
+        Args:
+            fn: the replica function.
+            position: of the rank among the local ones.
+            arguments: (arguments, keyword arguments) of one rank.
+            is_tensor: which of their flat values are inputs.
+            lends: whether ranks may have been lent a row.
+            specs: of the inputs.
+            shared: what the programs of the other stages have left for this one.
+
+        Returns:
+            A function of a rank's coordinate, its number of rows, and its inputs.
+        """
+        extended, programs = self._extended, []
+        flat = tf.nest.flatten(arguments, expand_composites=True)
 
         def program(coordinate, own_rows, *tensors):
             remaining = iter(tensors)
-            values = [next(remaining) if t else v for v, t in zip(flat[0], is_tensor, strict=True)]
+            values = [next(remaining) if t else v for v, t in zip(flat, is_tensor, strict=True)]
             rank_args, rank_kwargs = tf.nest.pack_sequence_as(
-                per_rank[0], values, expand_composites=True
+                arguments, values, expand_composites=True
             )
             self.num_traces += 1
-            replica = self._program(coordinate)
+            replica = self._program(coordinate, position)
             programs.append(replica)
-            replica.rows = None if rows is None else own_rows
+            replica.rows = own_rows if lends else None
+            replica.shared = shared
             with replica, extended.replica_hooks():
                 result = fn(*rank_args, **rank_kwargs)
                 average_statistics(replica)
@@ -96,11 +133,7 @@ class Engine:
         concrete = traced.get_concrete_function(coordinate_spec, rows_spec, *specs)
         if programs[-1].communicates:
             _check_not_shared(concrete)
-        if rows is None:
-            rows = [tf.constant(0)] * len(inputs)
-        return self._call_everywhere(
-            concrete, [[own, *values] for own, values in zip(rows, inputs, strict=True)]
-        )
+        return concrete
 
     def _lend_rows(
         self, per_rank: list[Any], inputs: list[list[tf.Tensor]], specs: list[tf.TensorSpec]
@@ -144,33 +177,29 @@ class Engine:
         alone = len(self._extended.local_batch_parts) == 1
         return alone or inputs[0][i] is not inputs[-1][i]
 
-    def _program(self, coordinate: tf.Tensor) -> ReplicaProgram:
+    def _program(self, coordinate: tf.Tensor, position: int) -> ReplicaProgram:
         extended = self._extended
         return ReplicaProgram(
             extended.container_strategy(),
             extended.mesh,
             coordinate,
-            extended.tokens.values[0].handle,
+            extended.tokens.values[position].handle,
             extended.collective_keys,
             extended.communication,
             extended.options.sequence_parallel,
             extended.options.context_method,
+            position,
+            extended.stage_of_position(position),
         )
 
-    def _call_everywhere(self, concrete: Any, inputs: list[list[tf.Tensor]]) -> Any:
+    def _call(self, concrete: Any, position: int, inputs: list[tf.Tensor]) -> Any:
+        """Places a call of a program on the device of a local rank."""
         extended = self._extended
-        coordinates = extended.mesh.coordinates()
-        results = []
-        for index, (rank, device) in enumerate(
-            zip(extended.local_ranks, extended.worker_devices, strict=True)
-        ):
-            captures = [self._capture_of(tensor, index) for tensor in concrete.captured_inputs]
-            with tf.device(device):
-                coordinate = tf.constant(coordinates[rank])
-                results.append(
-                    _internal.call_with_captures(concrete, [coordinate, *inputs[index]], captures)
-                )
-        return _internal.regroup(tuple(results[i] for i in extended.batch_representatives))
+        captures = [self._capture_of(tensor, position) for tensor in concrete.captured_inputs]
+        rank = extended.local_ranks[position]
+        with tf.device(extended.worker_devices[position]):
+            coordinate = tf.constant(extended.mesh.coordinates()[rank])
+            return _internal.call_with_captures(concrete, [coordinate, *inputs], captures)
 
     def _capture_of(self, tensor: tf.Tensor, index: int) -> tf.Tensor:
         """What the rank at `index` passes where rank 0's program captured `tensor`."""

@@ -9,6 +9,7 @@ cuts optimizer state along `data`, the sum is a reduce-scatter.
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import keras
 import tensorflow as tf
 
 from llmos_tf import batch, collectives
@@ -52,7 +53,7 @@ def sync_gradients(
         rows = _lookup_gradient(gradient, variable)
         if rows is None:
             # Its shape is known, whatever TensorFlow could infer.
-            dense[i] = tf.ensure_shape(gradient, variable.values[0].shape)
+            dense[i] = tf.ensure_shape(gradient, variable.component.shape)
         else:
             results[i] = _gather_rows(program, rows, variable)
     for reduction, members in _buckets({i: plans[i] for i in dense}, dense):
@@ -132,7 +133,7 @@ def gather_updated_parts(program: ReplicaProgram) -> None:
         rows = tf.reshape(collectives.all_gather(flat, axis), [program.mesh.axis_size(axis), -1])
         lengths = [parts[i].shape[0] for i in members]
         for i, row in zip(members, tf.split(rows, lengths, axis=1), strict=True):
-            component = pending[i][0].values[0]
+            component = pending[i][0].component
             whole = tf.reshape(row, [-1])[: component.shape.num_elements()]
             component.assign(tf.reshape(whole, component.shape))
 
@@ -160,8 +161,7 @@ def clip_gradients(
         norms = [tf.sqrt(s) for s in squared_norms(program, gradients, variables)]
         return [_scaled(g, n, optimizer.clipnorm) for g, n in zip(gradients, norms, strict=True)]
     if optimizer.global_clipnorm and optimizer.global_clipnorm > 0:
-        squares = squared_norms(program, gradients, variables)
-        norm = tf.sqrt(tf.add_n([tf.cast(s, squares[0].dtype) for s in squares]))
+        norm = tf.sqrt(_squared_global_norm(program, gradients, variables))
         # Dense from here on, as Keras has it.
         parts = [update_part(program, g, v) for g, v in zip(gradients, variables, strict=True)]
         return [_scaled(part, norm, optimizer.global_clipnorm) for part in parts]
@@ -169,6 +169,21 @@ def clip_gradients(
         limit = optimizer.clipvalue
         return [_on_values(g, lambda v: tf.clip_by_value(v, -limit, limit)) for g in gradients]
     return list(gradients)
+
+
+def _squared_global_norm(
+    program: ReplicaProgram, gradients: Sequence[Any], variables: Sequence[ShardedVariable]
+) -> tf.Tensor:
+    """The squared norm of all gradients together, over all stages."""
+    squares = squared_norms(program, gradients, variables)
+    dtype = squares[0].dtype if squares else tf.as_dtype(keras.config.floatx())
+    # A weight that several stages hold counts at the first.
+    once = [
+        tf.cast(square, dtype)
+        for square, variable in zip(squares, variables, strict=True)
+        if (variable.layout.stages or (0,))[0] == program.stage
+    ]
+    return collectives.all_reduce(tf.add_n([tf.zeros([], dtype), *once]), "pipe")
 
 
 def squared_norms(

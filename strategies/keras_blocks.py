@@ -46,6 +46,13 @@ def compiled_call(original: Any) -> Any:
 
     @functools.wraps(original)
     def call(layer, *args, **kwargs):
+        trace = current_program().trace
+        if trace is None:
+            return block_call(layer, *args, **kwargs)
+        with trace.call_of(layer):
+            return block_call(layer, *args, **kwargs)
+
+    def block_call(layer, *args, **kwargs):
         program = current_program()
         if isinstance(layer, keras.layers.Embedding) and not program.looks_up:
             with program.having(looks_up=True):

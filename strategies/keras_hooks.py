@@ -25,7 +25,6 @@ import tensorflow as tf
 from keras import ops
 
 from llmos_tf import _internal, batch, collectives
-from llmos_tf.mesh import BATCH_AXES
 from llmos_tf.program import current_program
 from llmos_tf.sharding import MetricVariable, ShardedVariable
 from llmos_tf.sharding.variance import varying_axes
@@ -131,7 +130,7 @@ def reduce_values(
     if reduction == "sum":
         return batch.total(mine)
     if reduction == "mean_with_sample_weight" and sample_weight is not None:
-        count = _total(ops.cast(ops.sum(sample_weight), mine.dtype))
+        count = batch.everywhere(ops.cast(ops.sum(sample_weight), mine.dtype))
     else:
         count = _global_size(values, mine.dtype)
     return batch.total(ops.divide_no_nan(mine, count))
@@ -155,7 +154,7 @@ def apply_mask(
         return sample_weight
     weight = ops.cast(mask, dtype)
     if reduction in ("mean", "sum_over_batch_size"):
-        valid = _total(ops.sum(weight))
+        valid = batch.everywhere(ops.sum(weight))
         weight = weight * ops.divide_no_nan(_global_size(mask, dtype), valid)
     if sample_weight is not None:
         sample_weight = ops.cast(sample_weight, dtype)
@@ -177,7 +176,8 @@ def check_finite(optimizer: Any, gradients: list) -> tf.Tensor:
     del optimizer
     program = current_program()
     values = [getattr(g, "values", g) for g in gradients if g is not None]
-    finite = [tf.reduce_all(tf.math.is_finite(value)) for value in values]
+    # A stage of a pipeline may have none.
+    finite = [True, *(tf.reduce_all(tf.math.is_finite(value)) for value in values)]
     mine = tf.cast(tf.reduce_all(tf.stack(finite)), tf.int32)
     split = [axis for axis, size in program.mesh.sizes.items() if size > 1]
     return tf.equal(collectives.all_reduce(mine, split, op="min"), 1)
@@ -188,13 +188,8 @@ def _global_size(values: tf.Tensor, dtype: Any) -> tf.Tensor:
     program = current_program()
     if values.shape.is_fully_defined() and program.rows is None:
         # One program: static here is static, and the same, on every rank.
-        return ops.cast(values.shape.num_elements() * program.mesh.batch_ways, dtype)
-    return _total(ops.cast(tf.size(values), dtype))
-
-
-def _total(count: tf.Tensor) -> tf.Tensor:
-    """Sum over the parts of the batch of what is not differentiated."""
-    return collectives.all_reduce(batch.counted(count), BATCH_AXES)
+        return ops.cast(values.shape.num_elements() * batch.num_parts(), dtype)
+    return batch.everywhere(ops.cast(tf.size(values), dtype))
 
 
 def _as_it_is(value: tf.Tensor) -> tf.Tensor:
@@ -243,7 +238,12 @@ def _mean_update(original: Any) -> Any:
 
     @functools.wraps(original)
     def update_state(metric, values, sample_weight=None):
-        if current_program() is None or sample_weight is not None or not _is_scalar(values):
+        program = current_program()
+        if program is not None and program.trace is not None:
+            # A loss by one microbatch: the metric gets that of all of them.
+            program.trace.loss_metrics.append((metric, tf.convert_to_tensor(values), sample_weight))
+            return None
+        if program is None or sample_weight is not None or not _is_scalar(values):
             return original(metric, values, sample_weight)
         return original(metric, values, batch.share(tf.as_dtype(metric.dtype)))
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from llmos_tf.mesh import Mesh
+from llmos_tf.strategies.schedules import Schedule, make_schedule
 
 CONTEXT_METHODS = ("ring", "ulysses")
 
@@ -36,6 +37,7 @@ class MeshOptions:
         """  # noqa: DOC502
         self._check_zero(mesh)
         self._check_positions(mesh)
+        self._check_pipe(mesh)
 
     def _check_zero(self, mesh: Mesh) -> None:
         stage = self.zero_stage
@@ -64,3 +66,32 @@ class MeshOptions:
                 f"context_method is {' or '.join(CONTEXT_METHODS)}. "
                 f"Received: {self.context_method!r}."
             )
+
+    def _check_pipe(self, mesh: Mesh) -> None:
+        if mesh.axis_size("pipe") > 1:
+            self.make_schedule(mesh)
+            return
+        for name, none in (("num_microbatches", 1), ("num_chunks", 1), ("stage_of", {})):
+            value = getattr(self, name)
+            if value != none:
+                raise ValueError(
+                    f"{name}={value!r} is for a pipeline, and the axis pipe has size 1 in the mesh "
+                    f"{mesh}. Give a pipe axis, or leave {name} out."
+                )
+
+    def make_schedule(self, mesh: Mesh) -> Schedule | None:
+        """Returns the schedule of the pipeline.
+
+        Args:
+            mesh: the mesh.
+
+        Returns:
+            The schedule, or None without a `pipe` axis.
+
+        Raises:
+            ValueError: an unknown schedule, or numbers that it does not take.
+        """  # noqa: DOC502
+        stages = mesh.axis_size("pipe")
+        if stages == 1:
+            return None
+        return make_schedule(self.schedule, stages, self.num_microbatches, self.num_chunks)

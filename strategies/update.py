@@ -73,7 +73,7 @@ def apply_gradients(optimizer: Any, gradients: Sequence[Any], variables: Any = N
             "lives on one device only. Make it inside `with strategy.scope():`."
         )
     optimizer._check_variables_are_known(variables)
-    gradients, variables = optimizer._filter_empty_gradients(gradients, variables)
+    gradients, variables = _of_this_stage(program, optimizer, gradients, variables)
     stored = [_stored(variable) for variable in variables]
     if not program.gradients_synced:
         gradients = sync_gradients(program, gradients, stored)
@@ -105,10 +105,25 @@ def apply_scaled_gradients(
     inner = optimizer.inner_optimizer
     variables = list(inner._trainable_variables if variables is None else variables)
     _build(optimizer, variables)
-    gradients, variables = inner._filter_empty_gradients(gradients, variables)
+    gradients, variables = _of_this_stage(program, inner, gradients, variables)
     synced = sync_gradients(program, gradients, [_stored(v) for v in variables])
     with program.having(gradients_synced=True, in_update=True):
         original(optimizer, synced, variables)
+
+
+def _of_this_stage(
+    program: ReplicaProgram, optimizer: Any, gradients: Sequence[Any], variables: Sequence[Any]
+) -> tuple[list, list]:
+    """Gradients that there are, and their variables, of those that this stage holds."""
+    pairs = [
+        (gradient, variable)
+        for gradient, variable in zip(gradients, variables, strict=True)
+        if not isinstance(_stored(variable), ShardedVariable)
+        or _stored(variable).layout.is_on(program.stage)
+    ]
+    if not pairs:
+        return [], []
+    return optimizer._filter_empty_gradients(*map(list, zip(*pairs, strict=True)))
 
 
 def _build(optimizer: Any, variables: list) -> None:
@@ -139,7 +154,7 @@ def _accumulate_and_update(program, optimizer, gradients, variables) -> None:
         _update(program, optimizer, means, variables)
         with program.having(in_update=True, update_parts=True):
             for total in sums:
-                total.assign(tf.zeros(total.values[0].shape, total.dtype))
+                total.assign(tf.zeros(total.component.shape, total.dtype))
 
     def add():
         with program.having(in_update=True, update_parts=True):
@@ -154,6 +169,9 @@ def _update(program: ReplicaProgram, optimizer: Any, gradients, variables) -> No
     """Clip, decay, and the optimizer's own update rule."""
     stored = [_stored(variable) for variable in variables]
     gradients = clip_gradients(program, optimizer, gradients, stored)
+    if not variables:
+        # A stage of a pipeline without weights that are trained.
+        return
     parts = is_elementwise(optimizer)
     if not parts:
         gradients = [
@@ -179,7 +197,7 @@ def _update_averages(program: ReplicaProgram, optimizer: Any) -> None:
         for variable, average in zip(
             optimizer._trainable_variables, optimizer._model_variables_moving_average, strict=True
         )
-        if average is not None
+        if average is not None and _stored(variable).layout.is_on(program.stage)
     ]
 
     def overwrite():

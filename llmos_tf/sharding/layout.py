@@ -24,6 +24,8 @@ class Layout:
         uneven: whether an axis may leave the last slices of a dimension shorter; they are padded
             with zeros to the length of the others. Only for layers that know it, such as the
             vocabulary-parallel embedding of 50,257 tokens over 2 ranks.
+        stages: the positions on `pipe` whose ranks hold it, in order; None for all. Ranks of the
+            others store nothing, a part of shape ``(0,)``.
 
     Example:
         >>> Layout((None, "tensor")).part_shape((4, 8), Mesh(tensor=2))
@@ -35,6 +37,7 @@ class Layout:
     dims: tuple[str | None, ...]
     flat: tuple[str, ...] = ()
     uneven: bool = False
+    stages: tuple[int, ...] | None = None
 
     def effective(self, mesh: Mesh) -> "Layout":
         """Returns the layout without the axes that have size 1 on `mesh`.
@@ -49,6 +52,7 @@ class Layout:
             tuple(a if a is not None and mesh.axis_size(a) > 1 else None for a in self.dims),
             tuple(a for a in self.flat if mesh.axis_size(a) > 1),
             self.uneven,
+            self.stages,
         )
 
     def check(self, path: str, shape: tuple[int, ...], mesh: Mesh) -> None:
@@ -80,9 +84,20 @@ class Layout:
                 )
 
     @property
-    def is_replicated(self) -> bool:
-        """Whether every rank holds the full tensor."""
+    def is_whole(self) -> bool:
+        """Whether every rank that holds it holds the full tensor."""
         return not self.flat and all(axis is None for axis in self.dims)
+
+    def is_on(self, stage: int) -> bool:
+        """Returns whether ranks at a position on `pipe` hold it.
+
+        Args:
+            stage: the position.
+
+        Returns:
+            Whether it is one of `stages`.
+        """
+        return self.stages is None or stage in self.stages
 
     def slice_shape(self, shape: tuple[int, ...], mesh: Mesh) -> tuple[int, ...]:
         """Returns the shape after the dimensions were cut, before flattening.
@@ -139,9 +154,11 @@ class Layout:
             rank: whose part.
 
         Returns:
-            Tensor of `part_shape`.
+            Tensor of `part_shape`; of shape ``(0,)`` where the rank's stage does not hold it.
         """
         where = mesh.coordinate(rank)
+        if not self.is_on(where["pipe"]):
+            return tf.zeros([0], full.dtype)
         shape = tuple(full.shape)
         slices = self.slice_shape(shape, mesh)
         begin = [
@@ -172,7 +189,8 @@ class Layout:
         Returns:
             The whole value.
         """
-        return self._join_dims(0, {}, parts, shape, mesh)
+        where = {"pipe": 0 if self.stages is None else self.stages[0]}
+        return self._join_dims(0, where, parts, shape, mesh)
 
     def _join_dims(self, dim, where, parts, shape, mesh):
         if dim == len(self.dims):

@@ -22,7 +22,7 @@ def layout_of(variable: Any) -> Layout | None:
     inner = _unwrapped(variable)
     if current_program() is None or not isinstance(inner, ShardedVariable):
         return None
-    return None if inner.layout.is_replicated else inner.layout
+    return None if inner.layout.is_whole else inner.layout
 
 
 def local_slice(variable: Any, for_lookups: bool = False) -> tf.Tensor:

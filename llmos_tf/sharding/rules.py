@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import keras
@@ -55,6 +55,7 @@ class LayoutRules:
         self._matched: set[str] = set()
         self._optional: set[str] = set()
         self._paths: list[str] = []
+        self._split_by_models: set[str] = set()
 
     def add_model_table(self, table: Mapping[str, Any], strict: bool = True) -> None:
         """Adds a model's own table, unless the user gave rules.
@@ -71,6 +72,14 @@ class LayoutRules:
             layouts = {p: dataclasses.replace(x, uneven=True) for p, x in layouts.items()}
         # First the table of the model that is being made: another one's patterns may match too.
         self._rules = {**layouts, **{p: x for p, x in self._rules.items() if p not in layouts}}
+
+    def add_split_axes(self, axes: Iterable[str]) -> None:
+        """Notes axes along which a model splits its activations, whatever the layouts say.
+
+        Args:
+            axes: axis names.
+        """
+        self._split_by_models.update(axes)
 
     def find(self, path: str, shape: tuple[int, ...], trainable: bool) -> Layout:
         """Returns the layout of dimensions for a new variable.
@@ -97,10 +106,11 @@ class LayoutRules:
         return layout.effective(self._mesh)
 
     def check_all_used(self) -> None:
-        """Checks, when variables exist, that no rule and no tensor axis is idle.
+        """Checks, when variables exist, that no rule is idle, and no axis that layers must know of.
 
         Raises:
-            ValueError: a rule that matched nothing, or a tensor axis without any layout.
+            ValueError: a rule that matched nothing, a tensor axis without any layout, or a context
+                or expert axis without a model that uses it.
         """
         if not self._paths:
             return
@@ -116,6 +126,7 @@ class LayoutRules:
                 "a MistralBackbone. The model's paths "
                 f"begin with: {', '.join(self._paths[:4])}."
             )
+        self._check_model_axes(needed)
         for pattern in needed:
             if pattern not in self._matched:
                 near = difflib.get_close_matches(pattern, self._paths, n=3, cutoff=0.3)
@@ -123,6 +134,19 @@ class LayoutRules:
                     f"The layout rule {pattern!r} matches no variable. A rule must match a whole "
                     "path (re.fullmatch); the nearest paths are "
                     f"{', '.join(near or self._paths[:3])}. Correct or remove the rule."
+                )
+
+    def _check_model_axes(self, needed: list[str]) -> None:
+        in_layouts = {axis for pattern in needed for axis in self._rules[pattern].dims}
+        for axis in ("context", "expert"):
+            used = axis in self._split_by_models or axis in in_layouts
+            if self._mesh.axis_size(axis) > 1 and not used:
+                raise ValueError(
+                    f"The mesh {self._mesh} has the axis {axis}, and no model uses it. A context "
+                    "axis splits positions and an expert axis the experts of mixture layers: a "
+                    "model has to be made for it, as those of llmos_tf.models are. Make one of "
+                    "them under the strategy's scope, or use another axis, such as data or fsdp. "
+                    f"The model's paths begin with: {', '.join(self._paths[:4])}."
                 )
 
     def _pattern_for(self, path: str) -> str | None:
@@ -138,7 +162,9 @@ class LayoutRules:
         return hits[0] if hits else None
 
 
-def announce_layouts(table: Mapping[str, Any], strict: bool = True) -> None:
+def announce_layouts(
+    table: Mapping[str, Any], strict: bool = True, splits: Iterable[str] = ()
+) -> None:
     """Offers a model's table to the strategy in whose scope the model is made.
 
     Without a mesh strategy nothing happens, so a model may always call it.
@@ -147,11 +173,13 @@ def announce_layouts(table: Mapping[str, Any], strict: bool = True) -> None:
         table: path pattern to an axis name or None per dimension, or to a `Layout`; or a
             `keras.distribution.LayoutMap`.
         strict: whether each rule must match a variable, and each axis divide its dimension.
+        splits: axes along which the model splits its activations by itself.
     """
     extended = tf.distribute.get_strategy().extended
     rules = getattr(extended, "layout_rules", None)
     if isinstance(rules, LayoutRules):
         rules.add_model_table(table, strict)
+        rules.add_split_axes(splits)
 
 
 def mesh_axis_size(axis: str) -> int:

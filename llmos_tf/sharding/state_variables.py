@@ -42,7 +42,7 @@ class SeedVariable(ShardedVariable):
         if program.block is not None:
             program.block.write(self, self._changed(method, value))
             return
-        getattr(self._values[0], method)(value)
+        getattr(self.component, method)(value)
 
     def _component_of(self, value: tf.Tensor, rank: int) -> tf.Tensor:
         return value + self._shift(rank, value.dtype)
@@ -64,7 +64,7 @@ class MetricVariable(_internal.SyncOnReadVariable):
         if program is None or program.rows is None:
             return super()._update_replica(update_fn, value, **kwargs)
         # A rank without rows of its own counts nothing.
-        component = self._values[0]
+        component = self._values[program.position]
         before = component.value()
         update_fn(component, value, **kwargs)
         return component.assign(tf.where(program.rows > 0, component.value(), before))
@@ -94,7 +94,7 @@ class MetricVariable(_internal.SyncOnReadVariable):
 
     def _total(self) -> tf.Tensor:
         """The same in a program."""
-        mine = self._get_replica(0).read_value()
+        mine = self._values[current_program().position].read_value()
         if self._aggregation == tf.VariableAggregation.ONLY_FIRST_REPLICA:
             return collectives.broadcast(mine, BATCH_AXES)
         total = collectives.all_reduce(mine, BATCH_AXES)

@@ -1,5 +1,6 @@
 """Variables of a mesh: one component per rank, one value for everybody who reads them."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -34,6 +35,8 @@ class ShardedVariable(_internal.MirroredVariable):
 
     # The program of `run_program`, once there is one.
     _program = None
+    # Makes the components, while their place is not known.
+    _make_components: Callable | None = None
 
     def __init__(
         self,
@@ -45,6 +48,7 @@ class ShardedVariable(_internal.MirroredVariable):
         full_shape: tuple[int, ...],
         path: str,
     ):
+        self._first_id = components[0]._unique_id
         super().__init__(strategy, components, aggregation)
         self.layout = layout
         self.update_layout = update_layout
@@ -52,12 +56,17 @@ class ShardedVariable(_internal.MirroredVariable):
         self._full_shape = full_shape
 
     @property
+    def _unique_id(self) -> str:
+        # By it an optimizer knows the variable, also when it has got other components.
+        return self._first_id
+
+    @property
     def shape(self) -> tf.TensorShape:
         """Shape of what the context reads: the whole value, or a rank's part in an update."""
         program = current_program()
         if program is None or not program.update_parts:
             return tf.TensorShape(self._full_shape)
-        component = self._values[0].shape
+        component = self.component.shape
         extra = self.update_layout.flat[len(self.layout.flat) :]
         if not extra:
             return component
@@ -72,6 +81,46 @@ class ShardedVariable(_internal.MirroredVariable):
         """The mesh over which it lies."""
         return self._distribute_strategy.extended.mesh
 
+    @property
+    def component(self) -> tf.Variable:
+        """The part of the rank for which a program is traced."""
+        return self._values[current_program().position]
+
+    # --- stages ----------------------------------------------------------------------------------
+
+    def wait(self, make: Callable[[tf.Tensor, Layout], list[tf.Variable]]) -> None:
+        """Leaves open which stages hold it; until then it lies on the host.
+
+        Args:
+            make: makes the components of a value and a layout.
+        """
+        self._make_components = make
+        # What is placed with it: the state of its optimizer.
+        self.companions: list[ShardedVariable] = []
+
+    @property
+    def waits(self) -> bool:
+        """Whether it is not known yet which stages hold it."""
+        return self._make_components is not None
+
+    def place(self, stages: tuple[int, ...] | None) -> None:
+        """Moves it to the devices of its stages.
+
+        Args:
+            stages: positions on `pipe`, in order; None for all.
+        """
+        self.layout = dataclasses.replace(self.layout, stages=stages)
+        self.update_layout = dataclasses.replace(self.update_layout, stages=stages)
+        with tf.init_scope():
+            components = self._make_components(self._values[0].value(), self.layout)
+        self._make_components = None
+        _internal.MirroredVariable.__init__(
+            self, self._distribute_strategy, components, self._aggregation
+        )
+        for companion in self.companions:
+            companion.place(stages)
+        self.companions.clear()
+
     # --- reading ---------------------------------------------------------------------------------
 
     def part(self) -> tf.Tensor:
@@ -79,8 +128,24 @@ class ShardedVariable(_internal.MirroredVariable):
         program = current_program()
         check_owner(self, program.strategy)
         if program.block is not None:
-            return program.block.read(("part", id(self)), self.part)
-        return self._values[0].value()
+            return program.block.read("part", self, self.part)
+        if self.layout.stages is None or program.own_stage or program.in_update:
+            return self.component.value()
+        return self._from_its_stage()
+
+    def _from_its_stage(self) -> tf.Tensor:
+        """The part, in a program that every stage runs alike: sent by the first that holds it."""
+        stage, layout = current_program().stage, self.layout
+
+        def sent(part):
+            return collectives.all_reduce(
+                part if stage == layout.stages[0] else tf.zeros_like(part), "pipe"
+            )
+
+        if not layout.is_on(stage):
+            return sent(tf.zeros(self.shape_of("part"), self.dtype))
+        # Every stage computes the same of it, so whoever holds it has all of its gradient.
+        return tf.custom_gradient(lambda part: (sent(part), lambda dy: dy))(self.component.value())
 
     def slice(self, for_lookups: bool = False) -> tf.Tensor:
         """Returns what the calling rank computes with, inside a program: no flat cuts.
@@ -92,15 +157,28 @@ class ShardedVariable(_internal.MirroredVariable):
             Tensor of the layout's `slice_shape`.
         """
         block = current_program().block
-        if block is not None and block.compiled and self.layout.flat:
-            # XLA knows no collectives.
-            return block.read(("slice", id(self)), lambda: self.slice(for_lookups))
+        if block is not None and block.lifts(self.layout):
+            return block.read("slice", self, lambda: self.slice(for_lookups))
         part = self._noted_part() if for_lookups else self.part()
         if not self.layout.flat:
             return part
         return _with_counted_gradient(
             self.layout.slice_from_part(part, self._full_shape, self.mesh)
         )
+
+    def shape_of(self, kind: str) -> tuple[int, ...]:
+        """Returns the shape of a value of the variable on a rank that holds it.
+
+        Args:
+            kind: "part", what the rank stores; "slice", what it computes with; or "full".
+
+        Returns:
+            The shape.
+        """
+        if kind == "full":
+            return self._full_shape
+        shape = self.layout.part_shape if kind == "part" else self.layout.slice_shape
+        return shape(self._full_shape, self.mesh)
 
     def update_part(self) -> tf.Tensor:
         """Returns what the calling rank's optimizer updates, inside a program."""
@@ -126,28 +204,32 @@ class ShardedVariable(_internal.MirroredVariable):
         return self._gathered()
 
     def _joined(self) -> tf.Tensor:
-        if self.layout.is_replicated:
+        if self.waits or (self.layout.is_whole and self.layout.stages is None):
             return self._values[0].value()
         extended = self._distribute_strategy.extended
         cut = [axis for axis in (*self.layout.dims, *self.layout.flat) if axis is not None]
-        if not extended.in_one_process(cut):
+        staged = [] if self.layout.stages is None else ["pipe"]
+        if not extended.in_one_process([*cut, *staged]):
             return run_program(self, self.read)
         parts = {}
         for rank, component in zip(extended.local_ranks, self._values, strict=True):
             where = self.mesh.coordinate(rank)
-            parts[self.mesh.rank(**{axis: where[axis] for axis in cut})] = component.value()
+            if self.layout.is_on(where["pipe"]):
+                first = {} if self.layout.stages is None else {"pipe": self.layout.stages[0]}
+                at = self.mesh.rank(**first, **{axis: where[axis] for axis in cut})
+                parts[at] = component.value()
         # On the host: nothing that has a full copy may sit on an accelerator.
         with tf.device("CPU:0"):
             return self.layout.join(parts, self._full_shape, self.mesh)
 
     def _gathered(self) -> tf.Tensor:
-        if self.layout.is_replicated:
+        if self.layout.is_whole:
             return self.part()
         program = current_program()
         block = program.block
-        if block is not None and (block.compiled or program.looks_up):
-            # XLA knows no collectives; and that all reads were lookups is seen outside of blocks.
-            return block.read(("full", id(self)), self._gathered)
+        if block is not None and (block.lifts(self.layout) or program.looks_up):
+            # That all reads were lookups is seen outside of blocks.
+            return block.read("full", self, self._gathered)
         if block is not None:
             # Again in the backward pass, instead of being kept.
             full = self.layout.full_from_part(self.part(), self._full_shape, self.mesh)
@@ -320,6 +402,9 @@ class ShardedVariable(_internal.MirroredVariable):
             self._write_in_program(program, method, value)
             return self
         full = self._checked(value)
+        if self.waits:
+            getattr(self._values[0], method)(full)
+            return self
         for rank, component in zip(
             self._distribute_strategy.extended.local_ranks, self._values, strict=True
         ):
@@ -343,10 +428,10 @@ class ShardedVariable(_internal.MirroredVariable):
         if program.block is not None:
             program.block.write(self, self._changed(method, value))
             return
-        is_part = program.update_parts and value.shape.is_compatible_with(self._values[0].shape)
+        is_part = program.update_parts and value.shape.is_compatible_with(self.component.shape)
         if not is_part:
             value = self.layout.part_from_full(self._checked(value), self.mesh)
-        getattr(self._values[0], method)(value)
+        getattr(self.component, method)(value)
 
     def store(self, program: ReplicaProgram, value: tf.Tensor) -> None:
         """Stores what a block has written.
@@ -380,7 +465,7 @@ class ShardedVariable(_internal.MirroredVariable):
     def _is_statistic(self) -> bool:
         """Whether layers keep it up by the rows they see, as batch normalization its averages."""
         kinds = (tf.VariableAggregation.NONE, tf.VariableAggregation.MEAN)
-        mirrored = self.layout.is_replicated and self._aggregation in kinds
+        mirrored = self.layout.is_whole and self._aggregation in kinds
         return mirrored and not self.trainable and self.dtype.is_floating
 
     def _aggregated(self, value: tf.Tensor) -> tf.Tensor:
@@ -459,7 +544,7 @@ class ShardedVariable(_internal.MirroredVariable):
         return {"VARIABLE_VALUE": self.read()}
 
     def _export_to_saved_model_graph(self, *args, **kwargs):
-        if not self.layout.is_replicated:
+        if not self.layout.is_whole:
             # A SavedModel would have one value for all parts, and read it as if it were a part.
             raise ValueError(
                 f"The variable {self.path} is cut over the mesh, and tf.saved_model.save cannot "
@@ -494,7 +579,7 @@ def average_statistics(program: ReplicaProgram) -> None:
     variables = list(program.statistics.values())
     program.statistics.clear()
     for dtype in sorted({variable.dtype for variable in variables}, key=str):
-        components = [v.values[0] for v in variables if v.dtype == dtype]
+        components = [v.component for v in variables if v.dtype == dtype]
         flat = tf.concat([tf.reshape(component.value(), [-1]) for component in components], 0)
         lengths = [component.shape.num_elements() for component in components]
         for component, part in zip(components, tf.split(batch.mean(flat), lengths), strict=True):

@@ -16,12 +16,20 @@ class Case:
         zero_stage: as for `MeshStrategy`.
         sequence_parallel: as for `MeshStrategy`.
         layout_map: the user's layouts, or None for the model's own.
+        num_microbatches: as for `MeshStrategy`.
+        schedule: as for `MeshStrategy`.
+        num_chunks: as for `MeshStrategy`.
+        context_method: as for `MeshStrategy`.
     """
 
     mesh: Mesh
     zero_stage: int = 0
     sequence_parallel: bool = False
     layout_map: Mapping | None = None
+    num_microbatches: int = 1
+    schedule: str = "1f1b"
+    num_chunks: int = 1
+    context_method: str = "ring"
 
     @property
     def parallelism(self) -> str:
@@ -40,6 +48,12 @@ class Case:
             kinds.append("tensor parallel")
         if self.sequence_parallel:
             kinds.append("sequence parallel")
+        if self.mesh.axis_size("pipe") > 1:
+            kinds.append(f"pipeline {self.schedule}")
+        if self.mesh.axis_size("context") > 1:
+            kinds.append(f"context parallel ({self.context_method})")
+        if self.mesh.axis_size("expert") > 1:
+            kinds.append("expert parallel")
         return kinds
 
     def strategy(self) -> MeshStrategy:
@@ -56,11 +70,23 @@ class Case:
             zero_stage=self.zero_stage,
             layout_map=self.layout_map,
             sequence_parallel=self.sequence_parallel,
+            num_microbatches=self.num_microbatches,
+            schedule=self.schedule,
+            num_chunks=self.num_chunks,
+            context_method=self.context_method,
         )
 
 
 def cases_of(
-    meshes: Sequence[Mesh], zero_stage: int, sequence_parallel: bool, layout_map: Mapping | None
+    meshes: Sequence[Mesh],
+    *,
+    zero_stage: int,
+    sequence_parallel: bool,
+    layout_map: Mapping | None,
+    num_microbatches: int,
+    schedule: str,
+    num_chunks: int,
+    context_method: str,
 ) -> tuple[Case, ...]:
     """Returns each mesh with the options that apply to it.
 
@@ -69,6 +95,10 @@ def cases_of(
         zero_stage: stages 1 and 2 are for meshes with a `data` axis.
         sequence_parallel: for meshes with a `tensor` axis.
         layout_map: for the same.
+        num_microbatches: for meshes with a `pipe` axis.
+        schedule: for the same.
+        num_chunks: for the same.
+        context_method: for meshes with a `context` axis.
 
     Returns:
         One case for each.
@@ -81,18 +111,26 @@ def cases_of(
     for what, given, axis in (
         (f"zero_stage={zero_stage} cuts optimizer state along", zero_stage in (1, 2), "data"),
         ("sequence_parallel splits positions over", sequence_parallel, "tensor"),
+        ("microbatches go down", num_microbatches > 1, "pipe"),
     ):
         if given and all(mesh.axis_size(axis) == 1 for mesh in meshes):
             raise ValueError(
                 f"{what} a {axis} axis, which no mesh has. "
                 f"Received: {'; '.join(map(str, meshes))}. Add a mesh such as {axis}=2."
             )
+    pipeline = {
+        "num_microbatches": num_microbatches,
+        "schedule": schedule,
+        "num_chunks": num_chunks,
+    }
     return tuple(
         Case(
             mesh=mesh,
             zero_stage=zero_stage if zero_stage == 3 or mesh.axis_size("data") > 1 else 0,
             sequence_parallel=sequence_parallel and mesh.axis_size("tensor") > 1,
             layout_map=layout_map if mesh.axis_size("tensor") > 1 else None,
+            **(pipeline if mesh.axis_size("pipe") > 1 else {}),
+            context_method=context_method,
         )
         for mesh in meshes
     )

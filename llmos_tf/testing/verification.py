@@ -60,6 +60,10 @@ class Verification:
         zero_stage: for the meshes with a `data` axis (1, 2), or for all (3).
         sequence_parallel: for the meshes with a `tensor` axis.
         layout_map: layouts for the `tensor` axis; None takes the model's own.
+        num_microbatches: for the meshes with a `pipe` axis.
+        schedule: for the same.
+        num_chunks: for the same.
+        context_method: for the meshes with a `context` axis.
         dtype: policy for all runs, a key of `TOLERANCES`.
         tolerance: |Δ| <= tolerance · (1 + |value on one device|) agrees; None takes the dtype's.
         seed: set before each call of `build`.
@@ -79,6 +83,10 @@ class Verification:
         zero_stage: int = 0,
         sequence_parallel: bool = False,
         layout_map: Mapping | None = None,
+        num_microbatches: int = 1,
+        schedule: str = "1f1b",
+        num_chunks: int = 1,
+        context_method: str = "ring",
         dtype: str = "float64",
         tolerance: float | None = None,
         seed: int = 0,
@@ -91,7 +99,16 @@ class Verification:
             raise ValueError(f"A tolerance is a number from 0. Received: {tolerance}.")
         self.dtype = dtype
         self.tolerance = TOLERANCES[dtype] if tolerance is None else tolerance
-        self.cases = cases_of(meshes, zero_stage, sequence_parallel, layout_map)
+        self.cases = cases_of(
+            meshes,
+            zero_stage=zero_stage,
+            sequence_parallel=sequence_parallel,
+            layout_map=layout_map,
+            num_microbatches=num_microbatches,
+            schedule=schedule,
+            num_chunks=num_chunks,
+            context_method=context_method,
+        )
         self._build = build
         self._seed = seed
         self._one = Recorded()

@@ -31,6 +31,7 @@ RANKS = {
     "llmos_tf.strategies.schedule_orders": 1,
     "llmos_tf.program": 2,
     "llmos_tf.blocks": 2,
+    "llmos_tf.graph_cuts": 2,
     "llmos_tf.point_to_point": 2,
     "llmos_tf.collectives": 2,
     "llmos_tf.batch": 2,

@@ -184,7 +184,7 @@ def test_blocks_within_blocks():
 
     def inner(x):
         y = collectives.all_reduce(x * x, "data")
-        key = current_program().instance_key()
+        key = current_program().instance_key(("data",))
         tf.numpy_function(lambda key: keys.append(int(key)) or key, [key], tf.int32)
         return y
 

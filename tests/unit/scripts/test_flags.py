@@ -3,13 +3,19 @@
 import pytest
 from absl import flags
 
-from llmos_tf.scripts.flags import FLAGS, RunOptions, options_from_flags
+from llmos_tf import Mesh
+from llmos_tf.config import GPTConfig
+from llmos_tf.scripts import setup_run
+from llmos_tf.scripts.flags import FLAGS, options_from_flags
+from llmos_tf.scripts.options import RunOptions, VerifyOptions
 
 # A new flag is a promise to keep: it is added here in the change that makes it.
 NAMES = {
     "batches",
     "checkpoint",
+    "context_method",
     "data",
+    "draw_schedule",
     "dtype",
     "global_batch",
     "json",
@@ -17,14 +23,19 @@ NAMES = {
     "learning_rate",
     "max_new_tokens",
     "mesh",
+    "microbatches",
     "model",
+    "num_chunks",
+    "png",
     "preset",
     "prompt",
     "resume",
     "save_every",
+    "schedule",
     "seed",
     "seq_len",
     "sequence_parallel",
+    "stages",
     "steps",
     "temperature",
     "tokenizer",
@@ -73,6 +84,18 @@ def test_defaults_are_a_run():
         ({"resume": True}, "--resume goes on from a checkpoint in --workdir"),
         ({"data": ""}, "--data is empty"),
         ({"mesh": "data=2,pipes=2"}, "'pipes=2' does not fit"),
+        ({"microbatches": 0}, "--microbatches is at least 1. Received: 0"),
+        ({"microbatches": 2}, "--microbatches=2 is for the axis pipe, which has size 1"),
+        ({"schedule": "zb-h2"}, "zb-h1, zb-v. Received: 'zb-h2'"),
+        ({"schedule": "zb-v"}, "--schedule=zb-v is for the axis pipe, which has size 1"),
+        ({"num_chunks": 2}, "--num_chunks=2 is for the axis pipe"),
+        ({"context_method": "rings"}, "ring, ulysses. Received: 'rings'"),
+        ({"context_method": "ulysses"}, "--context_method=ulysses is for the axis context"),
+        ({"mesh": "pipe=2", "schedule": "interleaved"}, "Received: num_chunks=1"),
+        (
+            {"mesh": "data=2,pipe=2", "microbatches": 4, "global_batch": 12},
+            "data × fsdp × microbatches = 8 parts",
+        ),
         ({"json": "no/such/folder/out.json"}, "no/such/folder does not exist"),
     ],
 )
@@ -81,6 +104,70 @@ def test_a_value_that_no_run_can_have(changed, words):
     with pytest.raises(ValueError, match=r"Received|--") as error:
         options(**changed)
     assert words in str(error.value)
+
+
+def test_a_pipeline_is_a_run():
+    """Fails if microbatches that fit are refused."""
+    given = options(mesh="data=2,pipe=2", microbatches=4, schedule="zb-v", global_batch=16)
+    assert (given.microbatches, given.schedule) == (4, "zb-v")
+
+
+def test_options_reach_the_strategy(monkeypatch):
+    """Fails if a flag is read and has no effect."""
+    monkeypatch.setattr(setup_run, "MeshStrategy", lambda mesh, **given: (mesh, given))
+    given = options(
+        mesh="pipe=2,context=2",
+        microbatches=4,
+        schedule="interleaved",
+        num_chunks=2,
+        context_method="ulysses",
+        virtual_devices=8,
+    )
+    mesh, values = setup_run.make_strategy(given)
+    assert mesh == Mesh(pipe=2, context=2)
+    assert values == {
+        "zero_stage": 0,
+        "sequence_parallel": False,
+        "num_microbatches": 4,
+        "schedule": "interleaved",
+        "num_chunks": 2,
+        "context_method": "ulysses",
+    }
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"mesh": "context=4"}, "2 × context=4, which does not divide them"),
+        ({"mesh": "context=4", "context_method": "ulysses"}, None),
+        ({"mesh": "tensor=8", "sequence_parallel": True}, "over tensor=8"),
+        ({"mesh": "context=2", "seq_len": 16}, None),
+        ({"mesh": "context=2,tensor=2", "sequence_parallel": True}, "2 × context=2 × tensor=2"),
+    ],
+)
+def test_positions_that_are_split(changed, words):
+    """Fails if a length that an axis does not divide is found only when the model is traced, or
+    one that it divides is refused."""
+    config = GPTConfig(vocab_size=8, max_positions=20, hidden_size=8, num_heads=2, num_layers=1)
+    given = options(**changed)
+    if words is None:
+        assert setup_run.sequence_length(given, config) == (given.seq_len or 20)
+        return
+    with pytest.raises(
+        ValueError, match=r"20 positions are split over .* multiple of 8\."
+    ) as error:
+        setup_run.sequence_length(given, config)
+    assert words in str(error.value)
+
+
+def test_a_flag_for_one_of_several_meshes():
+    """Fails if llmos-verify refuses an option that only some of its meshes have a use for, or takes
+    one that none has."""
+    values = {name: FLAGS[name].default for name in VerifyOptions.__dataclass_fields__}
+    values |= {"model": "a:b", "batches": "a:c", "steps": 5, "microbatches": 2}
+    VerifyOptions(**values | {"mesh": ("data=2", "pipe=2")})
+    with pytest.raises(ValueError, match=r"--mesh=data=2 --mesh=fsdp=2. Add pipe=2"):
+        VerifyOptions(**values | {"mesh": ("data=2", "fsdp=2")})
 
 
 def test_the_flags_of_this_module_only():

@@ -100,7 +100,7 @@ def test_axes_of_size_one_cut_nothing(case):
     effective = layout.effective(mesh)
     named = [axis for axis in (*effective.dims, *effective.flat) if axis is not None]
     assert all(mesh.axis_size(axis) > 1 for axis in named)
-    assert effective.is_replicated == (not named)
+    assert effective.is_whole == (not named)
     assert effective.uneven == layout.uneven
     assert math.prod(effective.part_shape(shape, mesh)) == math.prod(layout.part_shape(shape, mesh))
     full = numbered(shape)

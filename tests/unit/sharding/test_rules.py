@@ -80,7 +80,7 @@ def test_names_of_a_keras_device_mesh():
             MESH, keras_map({KERNEL: (batch, model), ".*/output/kernel": (batch, None)}, mesh)
         )
         assert rules.find(KERNEL, (4, 6), True) == Layout((None, "tensor"))
-        assert rules.find("model/output/kernel", (6, 2), True).is_replicated
+        assert rules.find("model/output/kernel", (6, 2), True).is_whole
         rules.check_all_used()
 
 
@@ -95,7 +95,7 @@ def test_other_names_of_a_keras_device_mesh():
 def test_a_pattern_matches_the_whole_path():
     """Catches `re.match` or `re.search`, by which a rule would reach variables it does not name."""
     rules = LayoutRules(MESH, {"hidden/kernel": ("tensor", None), "model/hidden": ("tensor", None)})
-    assert rules.find(KERNEL, (4, 6), True).is_replicated
+    assert rules.find(KERNEL, (4, 6), True).is_whole
     for pattern, path in [
         (".*hidden/kernel", KERNEL),
         (r"model/(hidden|output)/kernel", "model/output/kernel"),
@@ -103,8 +103,8 @@ def test_a_pattern_matches_the_whole_path():
     ]:
         rules = LayoutRules(MESH, {pattern: ("tensor", None)})
         assert rules.find(path, (4, 6), True) == Layout(("tensor", None))
-        assert rules.find(f"{path}/momentum", (4, 6), True).is_replicated
-        assert rules.find(f"a/{path[1:]}", (4, 6), True).is_replicated == (pattern[0] != ".")
+        assert rules.find(f"{path}/momentum", (4, 6), True).is_whole
+        assert rules.find(f"a/{path[1:]}", (4, 6), True).is_whole == (pattern[0] != ".")
 
 
 def test_a_path_itself_goes_before_patterns():
@@ -207,7 +207,7 @@ def test_rules_for_axes_of_size_one_do_nothing():
     strategy = MeshStrategy(Mesh(data=2), layout_map={".*/kernel": (None, "tensor")})
     with strategy.scope():
         model = make_model()
-    assert all(v._value.layout.is_replicated for v in model.weights)
+    assert all(v._value.layout.is_whole for v in model.weights)
     strategy.run(lambda: keras.ops.ones(()))
 
 
@@ -219,7 +219,7 @@ def test_a_users_rules_replace_the_models_table():
     assert own.find(KERNEL, (4, 6), True) == Layout((None, "tensor"))
     users = LayoutRules(MESH, {".*/output/kernel": ("tensor", None)})
     users.add_model_table(table)
-    assert users.find(KERNEL, (4, 6), True).is_replicated
+    assert users.find(KERNEL, (4, 6), True).is_whole
     assert users.find("model/output/kernel", (6, 2), True) == Layout(("tensor", None))
     users.check_all_used()
     with pytest.raises(ValueError, match=re.escape("'.*/other' matches no variable")):

@@ -27,4 +27,4 @@ def test_a_model_that_its_first_batch_builds_has_layouts():
     kernel, bias = model.weights
     assert kernel.value.path == kernel.path == "outer/inner/dense/kernel"
     assert kernel.value.layout == Layout((None, "tensor"))
-    assert bias.value.layout.is_replicated
+    assert bias.value.layout.is_whole

@@ -1,0 +1,151 @@
+"""Functions cut out of a graph that was traced once.
+
+A pipeline needs the forward and the backward pass of each part of a model as functions of their
+own, with what one keeps for the other as outputs and inputs. They are stretches of one graph, which
+is traced once for all of them. PyTorch's AOTAutograd cuts its joint graph likewise.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import tensorflow as tf
+
+from llmos_tf import _internal
+
+Ops = frozenset[str]
+
+
+class GraphCuts:
+    """Cuts functions out of a graph.
+
+    Args:
+        graph: of a traced function.
+    """
+
+    def __init__(self, graph: tf.Graph):
+        self._graph = graph
+        self._definition = graph.as_graph_def()
+
+    def ancestors(
+        self,
+        tensors: Iterable[tf.Tensor],
+        given: Iterable[tf.Tensor] = (),
+        without: Ops = frozenset(),
+    ) -> Ops:
+        """Returns the names of the ops by which tensors are computed.
+
+        Args:
+            tensors: of the graph.
+            given: tensors that are known; nothing is computed for them.
+            without: names of ops whose results are known.
+
+        Returns:
+            Names of ops. Placeholders are none of them.
+        """
+        known = {tensor.ref() for tensor in given}
+        found: set[str] = set()
+        unfinished = [tensor.op for tensor in tensors if tensor.ref() not in known]
+        while unfinished:
+            op = unfinished.pop()
+            if op.name in found or op.name in without or op.type == "Placeholder":
+                continue
+            found.add(op.name)
+            unfinished += [x.op for x in op.inputs if x.ref() not in known]
+            # Ops with state are only put in order after each other, others wait for a reason.
+            in_order = op.op_def.is_stateful
+            unfinished += [x for x in op.control_inputs if not (in_order and x.op_def.is_stateful)]
+        return frozenset(found)
+
+    def inputs_of(self, names: Ops) -> list[tf.Tensor]:
+        """Returns what ops use that is made by none of them.
+
+        Args:
+            names: of ops.
+
+        Returns:
+            Tensors, each once, in the order of the graph.
+        """
+        used = {
+            x.ref(): x
+            for op in self._graph.get_operations()
+            if op.name in names
+            for x in op.inputs
+            if x.op.name not in names
+        }
+        return list(used.values())
+
+    def cut(self, names: Ops, fetches: Sequence[tf.Tensor]) -> "Cut":
+        """Cuts out some ops as a function.
+
+        Args:
+            names: of the ops, as of `ancestors`.
+            fetches: what the function returns: outputs of the ops, or anything else of the graph,
+                which it then takes.
+
+        Returns:
+            The function.
+        """
+        feeds = {x.ref(): x for x in self.inputs_of(names)}
+        made = [x for x in fetches if x.op.name in names]
+        definition = tf.compat.v1.GraphDef()
+        definition.versions.CopyFrom(self._definition.versions)
+        definition.library.CopyFrom(self._definition.library)
+        # In the order of the graph, in which collectives are put where they are imported.
+        for original in self._definition.node:
+            if original.name not in names:
+                continue
+            node = definition.node.add()
+            node.CopyFrom(original)
+            inside = [x for x in node.input if not x.startswith("^") or x[1:] in names]
+            del node.input[:]
+            node.input.extend(inside)
+        taken = list(feeds.values())
+
+        def body(*values):
+            given = {x.name: value for x, value in zip(taken, values, strict=True)}
+            return tf.compat.v1.import_graph_def(
+                definition, input_map=given, return_elements=[x.name for x in made], name=""
+            )
+
+        # Not inlined: it is called for each microbatch, and optimized once.
+        traced = tf.function(body, autograph=False, experimental_attributes={"_noinline": True})
+        concrete = traced.get_concrete_function(*[tf.TensorSpec(x.shape, x.dtype) for x in taken])
+        return Cut(concrete, taken, made, fetches)
+
+
+class Cut:
+    """A function that was cut out of a graph.
+
+    Args:
+        concrete: of `feeds` to `made`.
+        feeds: what it takes, as tensors of the graph.
+        made: what it computes.
+        fetches: what it is asked for: `made`, and what is only handed on.
+    """
+
+    def __init__(
+        self,
+        concrete: tf.types.experimental.ConcreteFunction,
+        feeds: Sequence[tf.Tensor],
+        made: Sequence[tf.Tensor],
+        fetches: Sequence[tf.Tensor],
+    ):
+        self._concrete = concrete
+        self.feeds = list(feeds)
+        self._made = list(made)
+        self.fetches = list(fetches)
+
+    def __call__(self, values: Mapping) -> list[tf.Tensor]:
+        """Calls the function.
+
+        Args:
+            values: of tensors of the graph, by their `ref()`; at least of `feeds`.
+
+        Returns:
+            The values of `fetches`.
+        """
+        known = dict(values)
+        if self._made:
+            inputs = [known[x.ref()] for x in self.feeds]
+            outputs = _internal.call_with_captures(self._concrete, inputs, [])
+            known.update({x.ref(): y for x, y in zip(self._made, outputs, strict=True)})
+        return [known[x.ref()] for x in self.fetches]

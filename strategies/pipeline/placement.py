@@ -1,0 +1,143 @@
+"""Which stage has which part of a model, and with it which weights."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from llmos_tf.sharding import ShardedVariable
+from llmos_tf.strategies.pipeline.cut import count_costs, cut_by_cost
+from llmos_tf.strategies.pipeline.parts import free_ops, part_of_unit
+from llmos_tf.strategies.pipeline.trace import ModelTrace, trace_program
+
+# On a model: how it is cut.
+_ATTRIBUTE = "_llmos_placement"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """How a model is cut into parts.
+
+    Args:
+        units: names of the layers that it calls, in order.
+        begins: for each part its first unit.
+    """
+
+    units: tuple[str, ...]
+    begins: tuple[int, ...]
+
+    def begins_in(self, trace: ModelTrace) -> Sequence[int]:
+        """Returns for each part its first unit in a trace of the model.
+
+        Args:
+            trace: of a step.
+
+        Returns:
+            Indices into its units.
+
+        Raises:
+            ValueError: the model calls other layers than when it was cut.
+        """
+        units = tuple(unit.name for unit in trace.units)
+        if units != self.units:
+            raise ValueError(
+                "The model was cut into stages by the layers that it calls, and now it calls "
+                f"others: {', '.join(units)} instead of {', '.join(self.units)}. A pipeline needs "
+                "the same in each step, in training and in inference."
+            )
+        return self.begins
+
+
+def placement_of(model: keras.Model) -> Placement:
+    """Returns how a model was cut.
+
+    Args:
+        model: a model that `place_model` has placed.
+
+    Returns:
+        Its placement.
+    """
+    return getattr(model, _ATTRIBUTE)
+
+
+def place_model(extended: Any, model: keras.Model, inputs: Any) -> None:
+    """Cuts a model into parts, once, and moves its weights to the stages that use them.
+
+    Args:
+        extended: the strategy's `MeshExtended`.
+        model: a built model.
+        inputs: nested tensors or specs as the model takes them; the first dimension is rows.
+
+    Raises:
+        ValueError: the model cannot be cut into as many parts.
+    """  # noqa: DOC502
+    if getattr(model, _ATTRIBUTE, None) is not None:
+        return
+    _check_blocks(model, extended.schedule)
+    trace, free = _trace_one_row(extended, model, inputs)
+    costs = count_costs(trace.graph, trace.units, free)
+    begins = cut_by_cost(trace.units, costs, extended.schedule, extended.options.stage_of)
+    users: dict[int, set[int]] = {}
+    for read in trace.reads:
+        stage = extended.schedule.stage_of_part(part_of_unit(begins, read.unit))
+        users.setdefault(id(read.variable), set()).add(stage)
+    for variable in model.variables:
+        stored = getattr(variable, "_value", variable)
+        if isinstance(stored, ShardedVariable) and stored.waits:
+            # What no layer reads is on all stages.
+            stored.place(tuple(sorted(users.get(id(stored), ()))) or None)
+    extended.waiting = [variable for variable in extended.waiting if variable.waits]
+    setattr(model, _ATTRIBUTE, Placement(units=tuple(u.name for u in trace.units), begins=begins))
+
+
+def place_everywhere(extended: Any) -> None:
+    """Places what still waits on all stages: what belongs to no model that was cut.
+
+    Args:
+        extended: the strategy's `MeshExtended`.
+    """
+    for variable in extended.waiting:
+        variable.place(None)
+    extended.waiting = []
+
+
+def _check_blocks(model: keras.Model, schedule: Any) -> None:
+    """Checks that there are as many blocks as parts, of a model that is made of blocks."""
+    blocks = getattr(model, "blocks", None)
+    if isinstance(blocks, list) and len(blocks) < schedule.num_parts:
+        raise ValueError(
+            f"A pipeline of {schedule.num_stages} stages with {schedule.num_chunks} chunk(s) each "
+            f"cuts a model into {schedule.num_parts} parts, and {model.name!r} has "
+            f"{len(blocks)} blocks. Take a smaller pipe axis, or a model of more blocks."
+        )
+
+
+def _trace_one_row(extended: Any, model: keras.Model, inputs: Any) -> tuple[ModelTrace, set[str]]:
+    """Traces the forward pass of one row, in which all lengths are known."""
+    specs = tf.nest.map_structure(_one_row, inputs)
+    made = []
+
+    def body(coordinate, token, microbatch, values):
+        trace = ModelTrace(microbatch, extended.options.num_microbatches)
+        with trace_program(extended, trace, coordinate, token), extended.replica_hooks():
+            model(values, training=False)
+        known = [coordinate, microbatch, *tf.nest.flatten(values)]
+        known += [read.value for read in trace.reads if read.is_seed]
+        made.append((trace, free_ops(trace.graph, known)))
+
+    scalar = tf.TensorSpec([], tf.int32)
+    coordinate = tf.TensorSpec([extended.mesh.coordinates().shape[1]], tf.int32)
+    with tf.init_scope():
+        tf.function(body, autograph=False).get_concrete_function(
+            coordinate, tf.TensorSpec([], tf.resource), scalar, specs
+        )
+    return made[0]
+
+
+def _one_row(x: Any) -> Any:
+    """The spec of one row of a tensor."""
+    if x is None or not x.shape.rank:
+        return x if x is None else tf.TensorSpec(x.shape, x.dtype)
+    return tf.TensorSpec([1, *x.shape[1:]], x.dtype)

@@ -1,0 +1,193 @@
+"""The steps of `fit`, `evaluate` and `predict`, and of a custom loop, as a pipeline.
+
+They stand in for Keras's own steps in programs of a mesh with a `pipe` axis. A `train_step` of the
+user's own that does not call Keras's is no pipeline: then every stage computes the whole model,
+with weights that are sent to it.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from llmos_tf import _internal
+from llmos_tf.program import current_program
+from llmos_tf.strategies.pipeline.placement import place_everywhere, place_model
+from llmos_tf.strategies.pipeline.run import Pipeline
+
+
+def place_model_of(extended: Any, fn: Callable, args: tuple) -> None:
+    """Places the model that a replica function runs, before a program is traced.
+
+    Args:
+        extended: the strategy's `MeshExtended`.
+        fn: a step of a Keras model, or a function with an attribute `model`.
+        args: its arguments: first the batch, ``(x, y, sample_weight)`` or as Keras has it.
+    """
+    model = _model_of(fn)
+    if model is None:
+        place_everywhere(extended)
+        return
+    data = args[0] if len(args) == 1 else args
+    values = _internal.select_replica(0, data)
+    x = keras.utils.unpack_x_y_sample_weight(values)[0]
+    place_model(extended, model, x)
+
+
+@functools.cache
+def hook_steps() -> None:
+    """Has Keras's own steps be pipelines in programs of a mesh with a `pipe` axis, from now on."""
+    for name, step in (
+        ("train_step", train_step),
+        ("test_step", test_step),
+        ("predict_step", predict_step),
+    ):
+        original = getattr(_internal.TensorFlowTrainer, name)
+        setattr(_internal.TensorFlowTrainer, name, _instead_of(original, step))
+
+
+def _instead_of(original: Callable, step: Callable) -> Callable:
+    @functools.wraps(original)
+    def either(model, data):
+        return step(model, data) if is_pipelined() else original(model, data)
+
+    return either
+
+
+def is_pipelined() -> bool:
+    """Returns whether a program of a mesh with a `pipe` axis is being traced."""
+    program = current_program()
+    return program is not None and program.trace is None and program.mesh.axis_size("pipe") > 1
+
+
+def train_step(model: keras.Model, data: Any) -> dict[str, Any]:
+    """Stands in for Keras's `train_step`.
+
+    Args:
+        model: a compiled model.
+        data: this replica's rows.
+
+    Returns:
+        Metric results.
+    """
+    x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+    optimizer = model.optimizer
+    seed = _seed_of(optimizer)
+    pipeline = _run(model, (x, y, sample_weight), training=True, seed=seed)
+    logs = _finish(model, pipeline, x, y, sample_weight)
+    if model.trainable_weights:
+        gradients, variables = pipeline.gradients(model.trainable_weights)
+        optimizer.apply_gradients(zip(gradients, variables, strict=True))
+    return logs()
+
+
+def test_step(model: keras.Model, data: Any) -> dict[str, Any]:
+    """Stands in for Keras's `test_step`.
+
+    Args:
+        model: a compiled model.
+        data: this replica's rows.
+
+    Returns:
+        Metric results.
+    """
+    x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+    pipeline = _run(model, (x, y, sample_weight), training=False, seed=None)
+    return _finish(model, pipeline, x, y, sample_weight)()
+
+
+def predict_step(model: keras.Model, data: Any) -> Any:
+    """Stands in for Keras's `predict_step`.
+
+    Args:
+        model: a model.
+        data: this replica's rows.
+
+    Returns:
+        The model's outputs; zeros on other stages than that of its last part.
+    """
+    x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
+    pipeline = Pipeline(model, lambda x: (None, model(x, training=False)), x, None)
+    return pipeline.outputs()
+
+
+def run_loss(
+    model: keras.Model,
+    loss: Callable[[Any], tf.Tensor],
+    data: Any,
+    optimizer: keras.Optimizer | None = None,
+) -> Pipeline:
+    """Runs a model and a loss of a custom loop.
+
+    Args:
+        model: a built model.
+        loss: of the data of a microbatch, without regularizers.
+        data: this replica's rows.
+        optimizer: says how the loss is scaled; None for the forward pass alone.
+
+    Returns:
+        The pipeline, which has loss and gradients.
+    """
+    seed = None if optimizer is None else _seed_of(optimizer)
+    return Pipeline(model, lambda data: (loss(data), ()), data, seed)
+
+
+def _run(model: keras.Model, data: Any, training: bool, seed: Any) -> Pipeline:
+    keeps = _needs_outputs(model)
+
+    def step(data):
+        x, y, sample_weight = data
+        y_pred = model(x, training=True) if training else model(x, training=False)
+        loss = model._compute_loss(
+            x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=training
+        )
+        return loss, y_pred if keeps else ()
+
+    return Pipeline(model, step, data, seed)
+
+
+def _finish(model: keras.Model, pipeline: Pipeline, x, y, sample_weight) -> Callable[[], dict]:
+    """Updates metrics; returns what reads them."""
+    pipeline.update_loss_metrics()
+    loss = pipeline.loss()
+    rows = next(leaf for leaf in tf.nest.flatten(x) if leaf is not None).shape[0]
+    if pipeline.is_last:
+        model._loss_tracker.update_state(loss, sample_weight=rows)
+    y_pred = pipeline.outputs() if _needs_outputs(model) else None
+    own = type(model).compute_metrics is not keras.Model.compute_metrics
+    if own or (pipeline.is_last and y_pred is not None):
+        # On other stages what it counts is never read, but it may communicate.
+        return lambda: model.compute_metrics(x, y, y_pred, sample_weight)
+    return model.get_metrics_result
+
+
+def _needs_outputs(model: keras.Model) -> bool:
+    """Whether metrics are computed of the model's outputs."""
+    own = type(model).compute_metrics is not keras.Model.compute_metrics
+    return own or model._compile_metrics is not None
+
+
+def _seed_of(optimizer: keras.Optimizer) -> Callable[[], tf.Tensor]:
+    """The gradient of what an optimizer minimizes, by the loss."""
+
+    def seed():
+        one = tf.ones([], keras.config.floatx())
+        return optimizer.scale_loss(one)
+
+    return seed
+
+
+def _model_of(fn: Any) -> keras.Model | None:
+    """The model whose step a replica function is."""
+    while fn is not None:
+        if getattr(fn, "model", None) is not None:
+            return fn.model
+        owner = getattr(fn, "__self__", None)
+        if isinstance(owner, keras.Model):
+            return owner
+        if _internal.is_keras_predict_step(fn):
+            return _internal.model_of_predict_step(fn)
+        fn = getattr(fn, "__wrapped__", None)
+    return None

@@ -1,0 +1,232 @@
+"""The trace of a step of a model on one microbatch, of which the parts of a pipeline are cut."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import keras
+import tensorflow as tf
+
+from llmos_tf.blocks import NotABlock
+from llmos_tf.program import ReplicaProgram
+from llmos_tf.sharding import SeedVariable
+
+
+class Unit(NamedTuple):
+    """A call of a layer, between whose first op and that of the next one the model may be cut.
+
+    Attributes:
+        name: of the layer.
+        models: names of the models around it, outermost first.
+        begin: number of ops of the graph before it.
+        has_weights: whether the layer has some.
+    """
+
+    name: str
+    models: tuple[str, ...]
+    begin: int
+    has_weights: bool
+
+
+class Read(NamedTuple):
+    """A value of a variable that the step uses.
+
+    Attributes:
+        kind: "part", "slice" or "full", as for `Block.read`.
+        variable: of the mesh.
+        unit: number of units that had begun.
+        value: its placeholder.
+    """
+
+    kind: str
+    variable: Any
+    unit: int
+    value: tf.Tensor
+
+    @property
+    def is_differentiated(self) -> bool:
+        """Whether its gradient is asked for."""
+        return self.variable.trainable and self.variable.dtype.is_floating
+
+    @property
+    def is_seed(self) -> bool:
+        """Whether it is the state of a stream of random numbers, which every stage has."""
+        return isinstance(self.variable, SeedVariable)
+
+
+class ModelTrace:
+    """What a step uses, changes and leaves to be done after it, while and after it is traced.
+
+    While it is traced it is the program's `trace` and its `block`: what the step reads of variables
+    are placeholders, and what it writes is stored by whoever runs it.
+
+    Args:
+        microbatch: number of the microbatch, int32 scalar, an input of the graph.
+        num_microbatches: how many there are.
+    """
+
+    compiled = False
+    outer = None
+    # Collectives of one microbatch are told from those of the next; see `key_offset`.
+    levels = 1
+
+    def __init__(self, microbatch: tf.Tensor, num_microbatches: int):
+        self.graph = tf.compat.v1.get_default_graph()
+        self.microbatch = microbatch
+        self.num_microbatches = num_microbatches
+        self.units: list[Unit] = []
+        self.tape: tf.GradientTape | None = None
+        # Numbers of this microbatch whose sums over the batch the step needs: (number, sum).
+        self.totals: list[tuple[tf.Tensor, tf.Tensor]] = []
+        # Metrics of losses, updated when all microbatches are there: (metric, loss, weight).
+        self.loss_metrics: list[tuple[Any, tf.Tensor, Any]] = []
+        self._reads: dict[Any, Read] = {}
+        self._written: dict[int, tuple[Any, tf.Tensor]] = {}
+        self._models: list[str] = []
+        self._in_unit = False
+
+    @property
+    def reads(self) -> list[Read]:
+        """The values of variables that the step uses."""
+        return list(self._reads.values())
+
+    @property
+    def writes(self) -> list[tuple[Any, tf.Tensor]]:
+        """Variables and their new values."""
+        return list(self._written.values())
+
+    # --- as the program's block -------------------------------------------------------------------
+
+    def key_offset(self) -> tf.Tensor:
+        """What tells the collectives of a microbatch from those of the one before and after it.
+
+        A rank can be ahead of another by one, as it ends none before the other has begun it.
+
+        Returns:
+            0 or 1, int32 scalar.
+        """
+        return self.microbatch % 2
+
+    def lifts(self, layout: Any) -> bool:
+        """Returns whether a variable is gathered outside: once for all microbatches.
+
+        Args:
+            layout: how it lies on the mesh.
+
+        Returns:
+            Whether there is something to gather.
+        """
+        return not layout.is_whole
+
+    def read(self, kind: str, variable: Any, read: Callable[[], tf.Tensor]) -> tf.Tensor:
+        """Returns a value of a variable, an input of the trace.
+
+        Args:
+            kind: which value of the variable: "part", "slice" or "full".
+            variable: a variable of the mesh.
+            read: not needed.
+
+        Returns:
+            A placeholder.
+        """
+        del read
+        unit = len(self.units)
+        key = (kind, id(variable), unit)
+        if key not in self._reads:
+            shape = variable.shape_of(kind)
+            with self.graph.as_default(), tf.control_dependencies(None):
+                value = tf.compat.v1.placeholder(variable.dtype, shape)
+            self._reads[key] = Read(kind, variable, unit, value)
+            if self.tape is not None and self._reads[key].is_differentiated:
+                self.tape.watch(value)
+        return self._reads[key].value
+
+    def written(self, variable: Any) -> tf.Tensor | None:
+        """Returns what the step has written into a variable, or None.
+
+        Args:
+            variable: a variable of the mesh.
+
+        Returns:
+            Its new value.
+        """
+        return self._written.get(id(variable), (None, None))[1]
+
+    def write(self, variable: Any, value: tf.Tensor) -> None:
+        """Notes the new value of a variable.
+
+        Args:
+            variable: a variable of the mesh.
+            value: its whole new value.
+
+        Raises:
+            NotABlock: in a loop or a condition, from which no value comes out.
+        """
+        if tf.compat.v1.get_default_graph() is not self.graph:
+            raise NotABlock(f"it assigns the variable {variable.name} in a loop or a condition")
+        self._written[id(variable)] = (variable, value)
+
+    # --- what else the program asks of it ---------------------------------------------------------
+
+    def total(self, count: tf.Tensor) -> tf.Tensor:
+        """Returns the sum of a number over all microbatches and parts of the batch.
+
+        Args:
+            count: this microbatch's; it must not depend on weights.
+
+        Returns:
+            A placeholder.
+        """
+        with self.graph.as_default(), tf.control_dependencies(None):
+            total = tf.compat.v1.placeholder(count.dtype, count.shape)
+        self.totals.append((count, total))
+        return total
+
+    @contextmanager
+    def call_of(self, layer: keras.layers.Layer) -> Iterator[None]:
+        """Entered while a layer is called.
+
+        Args:
+            layer: the layer.
+        """
+        if self._in_unit or tf.compat.v1.get_default_graph() is not self.graph:
+            yield
+        elif isinstance(layer, keras.Model):
+            self._models.append(layer.name)
+            yield
+            self._models.pop()
+        else:
+            begin = self.graph.version
+            has_weights = bool(layer.weights)
+            self.units.append(Unit(layer.name, tuple(self._models), begin, has_weights))
+            self._in_unit = True
+            yield
+            self._in_unit = False
+
+
+def trace_program(
+    extended: Any, trace: ModelTrace, coordinate: tf.Tensor, token: tf.Tensor
+) -> ReplicaProgram:
+    """Returns the program in which a step is traced, like the one of a stage.
+
+    Args:
+        extended: the strategy's `MeshExtended`.
+        trace: what the step leaves behind.
+        coordinate: of the rank that will run it, int32 ``[axes]``, an input of the graph.
+        token: resource that orders the rank's collectives, an input of the graph.
+
+    Returns:
+        A `ReplicaProgram`.
+    """
+    program = ReplicaProgram(
+        extended.container_strategy(),
+        extended.mesh,
+        coordinate,
+        token,
+        extended.collective_keys,
+        extended.communication,
+        extended.options.sequence_parallel,
+        extended.options.context_method,
+    )
+    program.trace = program.block = trace
+    return program
