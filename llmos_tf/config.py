@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, ClassVar
 
-__all__ = ["GPTConfig", "LlamaConfig", "ModelConfig"]
+__all__ = ["GPTConfig", "LlamaConfig", "MixtralConfig", "ModelConfig"]
 
 # Activations of a gated feed-forward block; "gelu" is the tanh approximation.
 ACTIVATIONS = ("silu", "gelu")
@@ -25,6 +25,12 @@ def _check_positive(name: str, value: Any) -> None:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not math.isfinite(value) or value <= 0:
         raise ValueError(f"`{name}` is a positive number. Received: {name}={value!r}.")
+
+
+def _check_not_negative(name: str, value: Any) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or value < 0:
+        raise ValueError(f"`{name}` is zero or a positive number. Received: {name}={value!r}.")
 
 
 def _check_dropout(value: Any) -> None:
@@ -50,7 +56,7 @@ class ModelConfig:
 
         These are the kernels, the output projection among them (which, when it is tied to the
         embedding, is counted here once for its product). Embedding look-ups, biases and norms
-        multiply no matrix.
+        multiply no matrix; of a mixture's experts only those that a token is sent to do.
         """
         raise NotImplementedError
 
@@ -230,43 +236,8 @@ class GPTConfig(ModelConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LlamaConfig(ModelConfig):
-    """The Llama architecture (Touvron et al., arXiv 2302.13971; Llama 2 and 3 with grouped heads).
-
-    RMS norm before each sub-block and after the last, rotary positions, grouped-query attention,
-    a gated feed-forward block act(x·W_gate) ⊙ (x·W_up) · W_down, and no biases.
-
-    Args:
-        vocab_size: number of tokens.
-        max_positions: longest sequence, in tokens.
-        hidden_size: width of a token between blocks.
-        num_heads: query heads of a block.
-        num_kv_heads: key and value heads of a block, a divisor of `num_heads`; None for as many
-            as `num_heads`, which is then what the field holds.
-        num_layers: blocks.
-        feed_forward_size: width of the gated feed-forward block.
-        head_dim: size of a head, even, since rotary positions turn pairs; None for
-            hidden_size / num_heads, which is then what the field holds.
-        rope_theta: base of the rotary wavelengths.
-        rms_norm_epsilon: added to the mean square.
-        tie_embeddings: whether the output projection is the embedding, transposed.
-        activation: "silu" (SwiGLU) or "gelu" (gated GELU, tanh approximation).
-        dropout: rate of dropout of embeddings, attention weights and the output of each
-            sub-block, in [0, 1).
-
-    Raises:
-        ValueError: a value out of its range, or heads that do not divide.
-
-    Example:
-        >>> config = LlamaConfig(
-        ...     vocab_size=32000, max_positions=4096, hidden_size=4096, num_heads=32,
-        ...     num_layers=32, feed_forward_size=11008,
-        ... )
-        >>> config.num_parameters()
-        6738415616
-    """
-
-    architecture: ClassVar[str] = "llama"
+class _LlamaFamilyConfig(ModelConfig):
+    """What Llama and its mixture of experts share: all but the feed-forward half of a block."""
 
     vocab_size: int
     max_positions: int
@@ -334,10 +305,10 @@ class LlamaConfig(ModelConfig):
 
     def num_matmul_parameters(self) -> int:
         """Returns how many parameters take part in a matrix product for each token."""
-        h, f = self.hidden_size, self.feed_forward_size
+        h = self.hidden_size
         query_and_output = 2 * h * self.attention_width()
         key_and_value = 2 * h * self.num_kv_heads * self.head_dim
-        block = query_and_output + key_and_value + 3 * h * f
+        block = query_and_output + key_and_value + self._feed_forward_matmul_parameters()
         return self.num_layers * block + self.vocab_size * h
 
     def num_parameters(self) -> int:
@@ -348,7 +319,133 @@ class LlamaConfig(ModelConfig):
         embedding = 0 if self.tie_embeddings else self.vocab_size * h
         return self.num_matmul_parameters() + embedding + norms
 
+    def _feed_forward_matmul_parameters(self) -> int:
+        """Of a block's feed-forward half, for each token."""
+        return 3 * self.hidden_size * self.feed_forward_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlamaConfig(_LlamaFamilyConfig):
+    """The Llama architecture (Touvron et al., arXiv 2302.13971; Llama 2 and 3 with grouped heads).
+
+    RMS norm before each sub-block and after the last, rotary positions, grouped-query attention,
+    a gated feed-forward block act(x·W_gate) ⊙ (x·W_up) · W_down, and no biases.
+
+    Args:
+        vocab_size: number of tokens.
+        max_positions: longest sequence, in tokens.
+        hidden_size: width of a token between blocks.
+        num_heads: query heads of a block.
+        num_kv_heads: key and value heads of a block, a divisor of `num_heads`; None for as many
+            as `num_heads`, which is then what the field holds.
+        num_layers: blocks.
+        feed_forward_size: width of the gated feed-forward block.
+        head_dim: size of a head, even, since rotary positions turn pairs; None for
+            hidden_size / num_heads, which is then what the field holds.
+        rope_theta: base of the rotary wavelengths.
+        rms_norm_epsilon: added to the mean square.
+        tie_embeddings: whether the output projection is the embedding, transposed.
+        activation: "silu" (SwiGLU) or "gelu" (gated GELU, tanh approximation).
+        dropout: rate of dropout of embeddings, attention weights and the output of each
+            sub-block, in [0, 1).
+
+    Raises:
+        ValueError: a value out of its range, or heads that do not divide.
+
+    Example:
+        >>> config = LlamaConfig(
+        ...     vocab_size=32000, max_positions=4096, hidden_size=4096, num_heads=32,
+        ...     num_layers=32, feed_forward_size=11008,
+        ... )
+        >>> config.num_parameters()
+        6738415616
+    """
+
+    architecture: ClassVar[str] = "llama"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixtralConfig(_LlamaFamilyConfig):
+    """The Mixtral architecture (Jiang et al., arXiv 2401.04088): Llama with a mixture of experts.
+
+    In each block a router sends every token to a few of many gated feed-forward networks, the
+    experts, and adds up their outputs, weighted by the softmax over the chosen experts' logits.
+
+    Args:
+        vocab_size: number of tokens.
+        max_positions: longest sequence, in tokens.
+        hidden_size: width of a token between blocks.
+        num_heads: query heads of a block.
+        num_kv_heads: as for `LlamaConfig`.
+        num_layers: blocks.
+        feed_forward_size: width of one expert.
+        num_experts: experts of a block.
+        num_experts_per_token: experts that a token is sent to, at most `num_experts`.
+        capacity_factor: None for as many tokens as an expert is sent; else an expert takes at most
+            factor · length · num_experts_per_token / num_experts tokens of a sequence while it is
+            trained, rounded up (see `layers.MoE`).
+        load_balance_weight: of the loss that keeps the experts equally busy.
+        router_z_weight: of the loss that keeps the router's logits small.
+        head_dim: as for `LlamaConfig`.
+        rope_theta: base of the rotary wavelengths.
+        rms_norm_epsilon: added to the mean square.
+        tie_embeddings: whether the output projection is the embedding, transposed.
+        activation: "silu" (SwiGLU) or "gelu" (gated GELU, tanh approximation).
+        dropout: as for `LlamaConfig`.
+
+    Raises:
+        ValueError: a value out of its range, heads that do not divide, or more experts for a token
+            than there are.
+
+    Example:
+        >>> config = MixtralConfig(
+        ...     vocab_size=32000, max_positions=32768, hidden_size=4096, num_heads=32,
+        ...     num_kv_heads=8, num_layers=32, feed_forward_size=14336, num_experts=8,
+        ...     num_experts_per_token=2,
+        ... )
+        >>> config.num_parameters(), config.num_active_parameters()
+        (46702792704, 12879925248)
+    """
+
+    architecture: ClassVar[str] = "mixtral"
+
+    num_experts: int
+    num_experts_per_token: int
+    capacity_factor: float | None = None
+    load_balance_weight: float = 0.01
+    router_z_weight: float = 0.001
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_integer("num_experts", self.num_experts)
+        _check_integer("num_experts_per_token", self.num_experts_per_token)
+        if self.num_experts_per_token > self.num_experts:
+            raise ValueError(
+                "`num_experts_per_token` is at most `num_experts`. Received: "
+                f"num_experts_per_token={self.num_experts_per_token}, "
+                f"num_experts={self.num_experts}."
+            )
+        if self.capacity_factor is not None:
+            _check_positive("capacity_factor", self.capacity_factor)
+        _check_not_negative("load_balance_weight", self.load_balance_weight)
+        _check_not_negative("router_z_weight", self.router_z_weight)
+
+    def num_parameters(self) -> int:
+        """Returns the number of trainable parameters, by a formula: nothing is built."""
+        idle = self.num_layers * (self.num_experts - self.num_experts_per_token)
+        expert = 3 * self.hidden_size * self.feed_forward_size
+        return self.num_active_parameters() + idle * expert
+
+    def num_active_parameters(self) -> int:
+        """Returns the number of parameters that one token meets, embeddings and norms included."""
+        return super().num_parameters()
+
+    def _feed_forward_matmul_parameters(self) -> int:
+        """The router, and the experts that a token is sent to."""
+        router = self.hidden_size * self.num_experts
+        return router + self.num_experts_per_token * super()._feed_forward_matmul_parameters()
+
 
 _ARCHITECTURES: dict[str, type[ModelConfig]] = {
-    config.architecture: config for config in (GPTConfig, LlamaConfig)
+    config.architecture: config for config in (GPTConfig, LlamaConfig, MixtralConfig)
 }

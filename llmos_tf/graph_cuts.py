@@ -95,6 +95,8 @@ class GraphCuts:
                 continue
             node = definition.node.add()
             node.CopyFrom(original)
+            # Which op it is placed with, as gradients are: the ops of a function are all together.
+            node.attr.pop("_class", None)
             inside = [x for x in node.input if not x.startswith("^") or x[1:] in names]
             del node.input[:]
             node.input.extend(inside)

@@ -78,13 +78,14 @@ class CollectiveKeys:
         Raises:
             RuntimeError: the strategy has traced more than `MAX_INSTANCES` of them.
         """
-        key = self._next_instance.setdefault(kind, 1)
-        self._next_instance[kind] += count
-        # Without stages there is one kind.
-        begin, size = 0, MAX_INSTANCES
-        if self._mesh.axis_size("pipe") > 1:
+        if self._mesh.axis_size("pipe") == 1:
+            # Without stages there is one kind.
+            kind, begin, size = "pipe", 0, MAX_INSTANCES
+        else:
             size = MAX_INSTANCES // 4
             begin = {"pipe": size, "trace": 2 * size}.get(kind, 0)
+        key = self._next_instance.setdefault(kind, 1)
+        self._next_instance[kind] += count
         if self._next_instance[kind] > size:
             raise RuntimeError(
                 f"A strategy may trace {size} collective ops, and this one has. Most likely a "
@@ -207,6 +208,8 @@ class ReplicaProgram(_internal.ReplicaContext):
         self.trace: Any = None
         # What the programs of all stages share, in the order in which they come to it.
         self.shared: list[Any] = []
+        # The op by which something was last required.
+        self.required: tf.Operation | None = None
         self._num_shared = 0
         # Whether layers are compiled by XLA, and the block that is being traced; see
         # `llmos_tf.blocks`.
@@ -316,12 +319,22 @@ class ReplicaProgram(_internal.ReplicaContext):
     def require(self, tensors: Iterable[tf.Tensor]) -> None:
         """Has tensors computed that nothing else depends on, such as what tells that it was sent.
 
+        What communicates later waits for it, and it for what has communicated before.
+
         Args:
-            tensors: of the program's outermost graph.
+            tensors: numbers of the program's outermost graph, none below 0.
         """
-        with tf.control_dependencies(list(tensors)):
-            # TensorFlow leaves nothing out that changes a resource.
-            tf.raw_ops.AssignAddVariableOp(resource=self.token, value=tf.zeros([]))
+        # TensorFlow leaves nothing out that changes a resource. The values are used, as an op that
+        # is only waited for may be left out.
+        zeros = [tf.cast(x < 0, tf.float32) for x in tensors]
+        self.required = tf.raw_ops.AssignAddVariableOp(
+            resource=self.token, value=tf.add_n([tf.zeros([]), *zeros])
+        )
+
+    def zero_after_required(self) -> tf.Tensor:
+        """Returns 0 as soon as what was required is there, int32 scalar."""
+        value = tf.raw_ops.ReadVariableOp(resource=self.token, dtype=tf.float32)
+        return tf.cast(value, tf.int32)
 
     def share(self, make: Callable[[], Any]) -> Any:
         """Returns what the program of each stage asks for at the same place.

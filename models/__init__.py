@@ -12,12 +12,13 @@ if __name__ != "llmos_tf.models":
         f"Received an import as {__name__!r}."
     )
 
-from llmos_tf.config import GPTConfig, LlamaConfig, ModelConfig
+from llmos_tf.config import GPTConfig, LlamaConfig, MixtralConfig, ModelConfig
 from llmos_tf.models.presets import PRESETS, get_preset
 
 if TYPE_CHECKING:
     from llmos_tf.models.gpt import GPT
     from llmos_tf.models.llama import Llama
+    from llmos_tf.models.mixtral import Mixtral
 
 __all__ = [
     "GPT",
@@ -25,12 +26,18 @@ __all__ = [
     "GPTConfig",
     "Llama",
     "LlamaConfig",
+    "Mixtral",
+    "MixtralConfig",
     "ModelConfig",
     "get_preset",
 ]
 
 # Names that need TensorFlow, and the module that defines each.
-_LAZY = {"GPT": "llmos_tf.models.gpt", "Llama": "llmos_tf.models.llama"}
+_LAZY = {
+    "GPT": "llmos_tf.models.gpt",
+    "Llama": "llmos_tf.models.llama",
+    "Mixtral": "llmos_tf.models.mixtral",
+}
 
 
 def __getattr__(name: str) -> Any:

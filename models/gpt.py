@@ -37,6 +37,7 @@ class GPTBlock(keras.layers.Layer):
         training: whether to drop.
         cache: as for `SelfAttention`.
         offset: as for `SelfAttention`.
+        segment_ids: as for `SelfAttention`.
 
     Call returns:
         Tensor like `x`; with a cache, (that, the new cache).
@@ -87,8 +88,15 @@ class GPTBlock(keras.layers.Layer):
         training: bool | None = None,
         cache: tf.Tensor | None = None,
         offset: int | tf.Tensor = 0,
+        segment_ids: tf.Tensor | None = None,
     ) -> Any:
-        y = self.attention(self.attention_norm(x), training=training, cache=cache, offset=offset)
+        y = self.attention(
+            self.attention_norm(x),
+            training=training,
+            cache=cache,
+            offset=offset,
+            segment_ids=segment_ids,
+        )
         if cache is not None:
             y, cache = y
         x += y
@@ -106,10 +114,7 @@ class GPT(LanguageModel):
         **kwargs: as for `keras.Model`.
 
     Call arguments:
-        tokens: integers ``[B, T]``.
-        training: whether to drop.
-        cache: as for `LanguageModel.decode`, or None.
-        offset: as for `LanguageModel.decode`.
+        tokens: integers ``[B, T]``, and the others, as for `LanguageModel`.
 
     Call returns:
         Logits ``[B, T, V]``; with a cache, (these, the new cache).
@@ -153,14 +158,29 @@ class GPT(LanguageModel):
             block.build()
         self.final_norm.build((None, None, self.config.hidden_size))
 
-    def call(
-        self,
-        tokens: tf.Tensor,
-        training: bool | None = None,
-        cache: tf.Tensor | None = None,
-        offset: int | tf.Tensor = 0,
-    ) -> Any:
+    def embed(
+        self, tokens: tf.Tensor, training: bool | None, offset: int | tf.Tensor = 0
+    ) -> tf.Tensor:
+        """Looks up tokens and positions.
+
+        Args:
+            tokens: as for `LanguageModel.embed`.
+            training: whether to drop.
+            offset: position of the first token.
+
+        Returns:
+            ``[B, T, D]``.
+        """
         x = self.position_embedding(self.token_embedding(tokens), offset=offset)
-        x, cache = self.run_blocks(self.dropout(x, training=training), training, cache, offset)
-        logits = self.token_embedding.logits(self.final_norm(x))
-        return logits if cache is None else (logits, cache)
+        return self.dropout(x, training=training)
+
+    def score(self, x_BTD: tf.Tensor) -> tf.Tensor:
+        """Scores every token of the vocabulary by its embedding.
+
+        Args:
+            x_BTD: the residual stream after the last block.
+
+        Returns:
+            Logits, as for `LanguageModel.score`.
+        """
+        return self.token_embedding.logits(self.final_norm(x_BTD))

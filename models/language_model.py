@@ -1,5 +1,6 @@
 """What the language models share: presets, training on sharded logits, decoding."""
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import keras
@@ -7,6 +8,7 @@ import tensorflow as tf
 
 from llmos_tf.config import ModelConfig
 from llmos_tf.layers import TokenCrossEntropy
+from llmos_tf.layers.stream import Stream, entered, open_stream
 from llmos_tf.models.presets import PRESETS, get_preset
 from llmos_tf.program import current_program
 from llmos_tf.sharding import announce_layouts
@@ -24,17 +26,21 @@ class LanguageModel(keras.Model):
         **kwargs: as for `keras.Model`.
 
     Call arguments:
-        tokens: integers ``[B, T]``, T <= max_positions.
+        tokens: integers ``[B, T]``, T <= max_positions. Or, as `fit` hands inputs on, a mapping
+            with "tokens" and "segment_ids".
         training: whether to drop.
         cache: keys and values of earlier positions, as for `decode`, or None.
         offset: number of positions in the cache.
+        segment_ids: integers ``[B, T]``, the document that each token is of, where a row holds
+            several; a token sees only those of its own. None where it sees the whole row.
 
     Call returns:
         Logits ``[B, T, V]``; with a cache, (these, the new cache).
 
     Raises:
-        ValueError: a configuration of another architecture.
-    """
+        ValueError: a configuration of another architecture; in a call, segment ids with a cache,
+            or positions that a mesh cannot split over its `context` axis.
+    """  # noqa: DOC502
 
     config_class: ClassVar[type[ModelConfig]] = ModelConfig
 
@@ -45,7 +51,7 @@ class LanguageModel(keras.Model):
                 f"{type(self).__name__} takes a {self.config_class.__name__}. Received: {config!r}."
             )
         self.config = config
-        announce_layouts(self.layout_table())
+        announce_layouts(self.layout_table(), splits=("context", "expert"))
         self.make_layers()
         self.build((None, config.max_positions))
 
@@ -94,6 +100,63 @@ class LanguageModel(keras.Model):
         """
         raise NotImplementedError
 
+    def embed(
+        self, tokens: tf.Tensor, training: bool | None, offset: int | tf.Tensor = 0
+    ) -> tf.Tensor:
+        """Begins the residual stream.
+
+        Args:
+            tokens: ``[B, T]``, or this rank's part of them.
+            training: whether to drop.
+            offset: as for `decode`.
+
+        Returns:
+            ``[B, T, D]``.
+
+        Raises:
+            NotImplementedError: the architecture does not say how.
+        """
+        raise NotImplementedError
+
+    def score(self, x_BTD: tf.Tensor) -> tf.Tensor:
+        """Ends the residual stream: the last norm and the output layer.
+
+        Args:
+            x_BTD: the residual stream after the last block.
+
+        Returns:
+            Logits ``[B, T, V]``, or ``[B, T, V/t]`` where the program allows sharded logits.
+
+        Raises:
+            NotImplementedError: the architecture does not say how.
+        """
+        raise NotImplementedError
+
+    def call(
+        self,
+        tokens: tf.Tensor | Mapping[str, tf.Tensor],
+        training: bool | None = None,
+        cache: tf.Tensor | None = None,
+        offset: int | tf.Tensor = 0,
+        segment_ids: tf.Tensor | None = None,
+    ) -> Any:
+        if isinstance(tokens, Mapping):
+            tokens, segment_ids = _inputs(tokens)
+        if cache is not None:
+            if segment_ids is not None:
+                raise ValueError("Decoding with a cache takes no segment_ids: a row is one text.")
+            x, cache = self.run_blocks(
+                self.embed(tokens, training, offset), training, cache, offset
+            )
+            return self.score(x), cache
+        stream = open_stream(self.trainable_variables, tokens.shape)
+        with entered(stream):
+            x = self.embed(stream.enter(tokens), training, offset)
+            ids = None if segment_ids is None else stream.enter(segment_ids)
+            x, _ = self.run_blocks(x, training, segment_ids=ids)
+            logits = self.score(x)
+        return _left(stream, logits)
+
     def decode(
         self, tokens: tf.Tensor, cache: tf.Tensor, offset: int | tf.Tensor
     ) -> tuple[tf.Tensor, tf.Tensor]:
@@ -114,8 +177,9 @@ class LanguageModel(keras.Model):
         self,
         x_BTD: tf.Tensor,
         training: bool | None,
-        cache: tf.Tensor | None,
-        offset: int | tf.Tensor,
+        cache: tf.Tensor | None = None,
+        offset: int | tf.Tensor = 0,
+        segment_ids: tf.Tensor | None = None,
     ) -> tuple[tf.Tensor, tf.Tensor | None]:
         """Runs the blocks one after another.
 
@@ -124,13 +188,14 @@ class LanguageModel(keras.Model):
             training: whether to drop.
             cache: as for `decode`, or None.
             offset: as for `decode`.
+            segment_ids: the documents of this rank's tokens, or None.
 
         Returns:
             The residual stream after the last block, and the new cache, if there is one.
         """
         if cache is None:
             for block in self.blocks:
-                x_BTD = block(x_BTD, training=training)
+                x_BTD = block(x_BTD, training=training, segment_ids=segment_ids)
             return x_BTD, None
         caches = []
         for block, block_cache in zip(self.blocks, tf.unstack(cache), strict=True):
@@ -183,7 +248,7 @@ class LanguageModel(keras.Model):
         if program is None:
             return step(data)
         knows = isinstance(self.loss, TokenCrossEntropy) and len(self.metrics) == 1
-        with program.having(sharded_logits=knows, logits_axis=None):
+        with program.having(sharded_logits=knows, logits_axis=None, logits_stream=None):
             return step(data)
 
     def get_config(self) -> dict[str, Any]:
@@ -202,3 +267,22 @@ class LanguageModel(keras.Model):
             The model.
         """
         return cls(cls.config_class.from_dict(config["config"]), name=config["name"])
+
+
+def _inputs(inputs: Mapping[str, tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor | None]:
+    unknown = sorted(set(inputs) - {"tokens", "segment_ids"})
+    if unknown or "tokens" not in inputs:
+        raise ValueError(
+            'A language model takes tokens, or a mapping with "tokens" and "segment_ids". '
+            f"Received: a mapping with {sorted(inputs)}."
+        )
+    return inputs["tokens"], inputs.get("segment_ids")
+
+
+def _left(stream: Stream, logits: tf.Tensor) -> tf.Tensor:
+    """The logits of all ranks, or this rank's where the loss can use them so."""
+    program = current_program()
+    if program is not None and program.sharded_logits and stream.axes:
+        program.logits_stream = stream
+        return logits
+    return stream.leave(logits)

@@ -1,10 +1,10 @@
-"""How the models' variables lie over a tensor axis: tables from path to axes.
+"""How the models' variables lie over tensor and expert axes: tables from path to axes.
 
-Models know nothing of devices; everything that tensor parallelism needs to know of them is here.
-Column then row: the first product of a pair is cut along its outputs, the second along its inputs.
+Models know nothing of devices; everything that these axes need to know of them is here. Column then
+row: the first product of a pair is cut along its outputs, the second along its inputs.
 """
 
-from llmos_tf.config import GPTConfig, LlamaConfig
+from llmos_tf.config import GPTConfig, LlamaConfig, MixtralConfig
 from llmos_tf.sharding import Layout
 
 # A vocabulary is cut by rows even where the axis does not divide it (GPT-2's 50,257).
@@ -51,16 +51,47 @@ def llama_layouts(
     Returns:
         Path pattern to axes.
     """
-    attention, feed_forward = r".*/block_\d+/attention", r".*/block_\d+/feed_forward"
+    feed_forward = r".*/block_\d+/feed_forward"
+    return {
+        **_llama_layouts_but_feed_forward(config, tensor_size),
+        # [hidden, 2, feed_forward]
+        f"{feed_forward}/up/kernel": (None, None, "tensor"),
+        # [feed_forward, hidden]
+        f"{feed_forward}/down/kernel": ("tensor", None),
+    }
+
+
+def mixtral_layouts(
+    config: MixtralConfig, tensor_size: int
+) -> dict[str, tuple[str | None, ...] | Layout]:
+    """Returns the layouts of a `Mixtral`. Its routers are whole on every rank.
+
+    Args:
+        config: its sizes.
+        tensor_size: as for `llama_layouts`.
+
+    Returns:
+        Path pattern to axes.
+    """
+    experts = r".*/block_\d+/mixture/experts"
+    return {
+        **_llama_layouts_but_feed_forward(config, tensor_size),
+        # [experts, hidden, 2, feed_forward]
+        f"{experts}/up": ("expert", None, None, "tensor"),
+        # [experts, feed_forward, hidden]
+        f"{experts}/down": ("expert", "tensor", None),
+    }
+
+
+def _llama_layouts_but_feed_forward(
+    config: LlamaConfig | MixtralConfig, tensor_size: int
+) -> dict[str, tuple[str | None, ...] | Layout]:
+    attention = r".*/block_\d+/attention"
     table: dict[str, tuple[str | None, ...] | Layout] = {
         # [vocabulary, hidden]
         r".*/token_embedding/table": _VOCABULARY,
         # [heads, head_dim, hidden]
         f"{attention}/output/kernel": ("tensor", None, None),
-        # [hidden, 2, feed_forward]
-        f"{feed_forward}/up/kernel": (None, None, "tensor"),
-        # [feed_forward, hidden]
-        f"{feed_forward}/down/kernel": ("tensor", None),
     }
     if not config.tie_embeddings:
         # [vocabulary, hidden]

@@ -1,6 +1,6 @@
 """Llama (arXiv 2302.13971, 2307.09288, 2407.21783)."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import keras
 import tensorflow as tf
@@ -25,6 +25,7 @@ class LlamaBlock(keras.layers.Layer):
         training: whether to drop.
         cache: as for `SelfAttention`.
         offset: as for `SelfAttention`.
+        segment_ids: as for `SelfAttention`.
 
     Call returns:
         Tensor like `x`; with a cache, (that, the new cache).
@@ -47,7 +48,19 @@ class LlamaBlock(keras.layers.Layer):
             name="attention",
         )
         self.feed_forward_norm = RMSNorm(config.rms_norm_epsilon, name="feed_forward_norm")
-        self.feed_forward = FeedForward(
+        self.feed_forward = self.make_feed_forward(config, initializer)
+
+    def make_feed_forward(self, config: LlamaConfig, initializer: Any) -> keras.layers.Layer:
+        """Makes the second half of the block, which is another one in Mixtral.
+
+        Args:
+            config: sizes.
+            initializer: of its kernels.
+
+        Returns:
+            The layer.
+        """
+        return FeedForward(
             config.hidden_size,
             config.feed_forward_size,
             activation=config.activation,
@@ -75,8 +88,15 @@ class LlamaBlock(keras.layers.Layer):
         training: bool | None = None,
         cache: tf.Tensor | None = None,
         offset: int | tf.Tensor = 0,
+        segment_ids: tf.Tensor | None = None,
     ) -> Any:
-        y = self.attention(self.attention_norm(x), training=training, cache=cache, offset=offset)
+        y = self.attention(
+            self.attention_norm(x),
+            training=training,
+            cache=cache,
+            offset=offset,
+            segment_ids=segment_ids,
+        )
         if cache is not None:
             y, cache = y
         x += y
@@ -94,16 +114,14 @@ class Llama(LanguageModel):
         **kwargs: as for `keras.Model`.
 
     Call arguments:
-        tokens: integers ``[B, T]``.
-        training: whether to drop.
-        cache: as for `LanguageModel.decode`, or None.
-        offset: as for `LanguageModel.decode`.
+        tokens: integers ``[B, T]``, and the others, as for `LanguageModel`.
 
     Call returns:
         Logits ``[B, T, V]``; with a cache, (these, the new cache).
     """
 
     config_class = LlamaConfig
+    block_class: ClassVar[type[LlamaBlock]] = LlamaBlock
 
     def make_layers(self) -> None:
         """Makes embeddings, blocks and the last norm."""
@@ -120,7 +138,9 @@ class Llama(LanguageModel):
             )
         )
         self.dropout = Dropout(config.dropout, name="dropout")
-        self.blocks = [LlamaBlock(config, name=f"block_{i}") for i in range(config.num_layers)]
+        self.blocks = [
+            self.block_class(config, name=f"block_{i}") for i in range(config.num_layers)
+        ]
         self.final_norm = RMSNorm(config.rms_norm_epsilon, name="final_norm")
 
     def layout_table(self) -> dict[str, Any]:
@@ -140,14 +160,29 @@ class Llama(LanguageModel):
             block.build()
         self.final_norm.build((None, None, self.config.hidden_size))
 
-    def call(
-        self,
-        tokens: tf.Tensor,
-        training: bool | None = None,
-        cache: tf.Tensor | None = None,
-        offset: int | tf.Tensor = 0,
-    ) -> Any:
-        x = self.dropout(self.token_embedding(tokens), training=training)
-        x, cache = self.run_blocks(x, training, cache, offset)
-        logits = self.output_embedding.logits(self.final_norm(x))
-        return logits if cache is None else (logits, cache)
+    def embed(
+        self, tokens: tf.Tensor, training: bool | None, offset: int | tf.Tensor = 0
+    ) -> tf.Tensor:
+        """Looks up tokens; positions come in by the rotation of queries and keys.
+
+        Args:
+            tokens: as for `LanguageModel.embed`.
+            training: whether to drop.
+            offset: not needed.
+
+        Returns:
+            ``[B, T, D]``.
+        """
+        del offset
+        return self.dropout(self.token_embedding(tokens), training=training)
+
+    def score(self, x_BTD: tf.Tensor) -> tf.Tensor:
+        """Scores every token of the vocabulary.
+
+        Args:
+            x_BTD: the residual stream after the last block.
+
+        Returns:
+            Logits, as for `LanguageModel.score`.
+        """
+        return self.output_embedding.logits(self.final_norm(x_BTD))

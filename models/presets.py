@@ -8,7 +8,7 @@ import difflib
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from llmos_tf.config import GPTConfig, LlamaConfig, ModelConfig
+from llmos_tf.config import GPTConfig, LlamaConfig, MixtralConfig, ModelConfig
 
 __all__ = ["PRESETS", "get_preset"]
 
@@ -106,6 +106,33 @@ PRESETS: Mapping[str, ModelConfig] = MappingProxyType(
         "llama3_8b": _llama3(4096, 32, 32, 14336),
         "llama3_70b": _llama3(8192, 64, 80, 28672),
         "llama3_405b": _llama3(16384, 128, 126, 53248),
+        # For laptops: llama_tiny with eight experts of half its width, two to a token, so that a
+        # token meets as many parameters: 808,064 of 2,430,080. Ours.
+        "moe_tiny": MixtralConfig(
+            vocab_size=256,
+            max_positions=128,
+            hidden_size=128,
+            num_heads=8,
+            num_kv_heads=4,
+            num_layers=4,
+            feed_forward_size=176,
+            num_experts=8,
+            num_experts_per_token=2,
+        ),
+        # Jiang et al. 2024 (arXiv 2401.04088), table 1, and the released params.json (its rotary
+        # base of 1,000,000). The paper counts 47 and 13 billion, total and for each token.
+        "mixtral_8x7b": MixtralConfig(
+            vocab_size=32000,
+            max_positions=32768,
+            hidden_size=4096,
+            num_heads=32,
+            num_kv_heads=8,
+            num_layers=32,
+            feed_forward_size=14336,
+            num_experts=8,
+            num_experts_per_token=2,
+            rope_theta=1000000.0,
+        ),
     }
 )
 

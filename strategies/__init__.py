@@ -9,6 +9,7 @@ if __name__ != "llmos_tf.strategies":
 from llmos_tf.strategies.data_parallel import DataParallelStrategy
 from llmos_tf.strategies.mesh import MeshStrategy
 from llmos_tf.strategies.multi_worker import MultiWorkerMeshStrategy
+from llmos_tf.strategies.pipeline_parallel import PipelineParallelStrategy
 from llmos_tf.strategies.tensor_parallel import TensorParallelStrategy
 from llmos_tf.strategies.tpu import TPUMeshStrategy
 from llmos_tf.strategies.zero import ZeroStrategy
@@ -17,6 +18,7 @@ __all__ = [
     "DataParallelStrategy",
     "MeshStrategy",
     "MultiWorkerMeshStrategy",
+    "PipelineParallelStrategy",
     "TPUMeshStrategy",
     "TensorParallelStrategy",
     "ZeroStrategy",

@@ -34,7 +34,7 @@ from llmos_tf.strategies.keras_hooks import hook_compile, replica_hooks
 from llmos_tf.strategies.keras_hub_layouts import hook_keras_hub
 from llmos_tf.strategies.keras_paths import hook_variable_paths
 from llmos_tf.strategies.options import MeshOptions
-from llmos_tf.strategies.pipeline.steps import hook_steps, place_model_of
+from llmos_tf.strategies.pipeline.steps import hook_steps, place_model_of, warn_if_not_pipelined
 
 
 class MeshExtended(_internal.MirroredExtended):
@@ -83,6 +83,8 @@ class MeshExtended(_internal.MirroredExtended):
         self.batch_representatives = tuple(map(self._representative, self.local_batch_parts))
         # Weights of models that were not cut into stages yet.
         self.waiting: list[ShardedVariable] = []
+        # How many pipelines were traced so far.
+        self.num_pipelines = 0
         self.tokens = self._make_tokens()
 
     def _make_tokens(self) -> _internal.MirroredVariable:
@@ -159,12 +161,16 @@ class MeshExtended(_internal.MirroredExtended):
         self.layout_rules.check_all_used()
         if _internal.is_keras_step(fn):
             args = split_batch(args, self._container_strategy())
+        before = self.engine.num_traces, self.num_pipelines
         if self.schedule is not None:
             place_model_of(self, fn, args)
         if self.spans_processes and _internal.is_keras_predict_step(fn):
             # Keras puts together what this process has.
             return reductions.run_gathering(self, fn, args, kwargs)
-        return self.engine.run(fn, args, kwargs)
+        results = self.engine.run(fn, args, kwargs)
+        if self.schedule is not None:
+            warn_if_not_pipelined(self, fn, *before)
+        return results
 
     def replica_hooks(self) -> AbstractContextManager:
         """Returns the context that is entered while a program is traced."""

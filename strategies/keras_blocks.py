@@ -60,7 +60,9 @@ def compiled_call(original: Any) -> Any:
         if getattr(layer, _MARK, False) and not program.compiles_blocks:
             return _compiling_model(call, layer, args, kwargs)
         in_compiled = program.block is not None and program.block.compiled
-        if not program.compiles_blocks or in_compiled or not _has_tensors(args, kwargs):
+        # A pipeline is cut between the layers of a model.
+        is_cut = program.trace is not None and isinstance(layer, keras.Model)
+        if not program.compiles_blocks or in_compiled or is_cut or not _has_tensors(args, kwargs):
             return original(layer, *args, **kwargs)
         return _compiled(MethodType(original, layer), args, kwargs)
 
@@ -111,6 +113,9 @@ def hook_remat() -> None:
                 # which Keras's adaptive optimizers update otherwise than by a sparse one.
                 return f(*args, **kwargs)
             program = current_program()
+            if program is not None and program.trace is not None and program.trace.is_outermost:
+                # A pipeline is cut between the layers of a model, which are rematerialised each.
+                return f(*args, **kwargs)
             if program is not None and not program.compiles_blocks:
                 return rematerialised(f)(*args, **kwargs)
             if program is not None:

@@ -189,7 +189,12 @@ def _global_size(values: tf.Tensor, dtype: Any) -> tf.Tensor:
     if values.shape.is_fully_defined() and program.rows is None:
         # One program: static here is static, and the same, on every rank.
         return ops.cast(values.shape.num_elements() * batch.num_parts(), dtype)
-    return batch.everywhere(ops.cast(tf.size(values), dtype))
+    size = ops.cast(tf.size(values), dtype)
+    if program.trace is None or program.rows is None or program.trace.selects:
+        return batch.everywhere(size)
+    # The other microbatches' losses are not there yet. Theirs have as many elements in each row.
+    each = size / ops.cast(tf.maximum(program.rows, 1), dtype)
+    return batch.everywhere(ops.cast(program.rows, dtype)) * each
 
 
 def _as_it_is(value: tf.Tensor) -> tf.Tensor:
@@ -205,6 +210,9 @@ def _added_losses(original: Any) -> Any:
 
 def _regularization_losses(original: Any) -> Any:
     def _get_regularization_losses(layer):
+        if current_program().trace is not None:
+            # Each stage adds those of the weights that it holds.
+            return []
         return [batch.same(loss) for loss in original(layer)]
 
     return _get_regularization_losses

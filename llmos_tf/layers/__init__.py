@@ -6,6 +6,7 @@ from llmos_tf.layers.dropout import Dropout
 from llmos_tf.layers.embedding import PositionEmbedding, TokenEmbedding
 from llmos_tf.layers.feed_forward import FeedForward
 from llmos_tf.layers.losses import TokenCrossEntropy, sharded_cross_entropy
+from llmos_tf.layers.mixture import MoE
 from llmos_tf.layers.norm import LayerNorm, RMSNorm
 from llmos_tf.layers.regions import TensorRegion, in_stream, stream_positions
 from llmos_tf.layers.rotary import rotate
@@ -15,6 +16,7 @@ __all__ = [
     "Dropout",
     "FeedForward",
     "LayerNorm",
+    "MoE",
     "PositionEmbedding",
     "RMSNorm",
     "SelfAttention",

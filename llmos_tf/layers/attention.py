@@ -1,16 +1,23 @@
 """Causal self-attention with heads split over the `tensor` axis."""
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import keras
 import tensorflow as tf
 
 from llmos_tf import collectives
+from llmos_tf.layers.blockwise_attention import blockwise_attention, plain_attention
 from llmos_tf.layers.dense import Dense
 from llmos_tf.layers.dropout import Dropout
-from llmos_tf.layers.regions import AXIS, TensorRegion, in_stream
+from llmos_tf.layers.masks import Mask, WeightDropout
+from llmos_tf.layers.online_softmax import BLOCK
+from llmos_tf.layers.regions import AXIS, TensorRegion, in_stream, region_positions
+from llmos_tf.layers.ring_attention import ring_attention, ulysses_attention
 from llmos_tf.layers.rotary import rotate
+from llmos_tf.layers.stream import current_stream
 from llmos_tf.program import current_program
 from llmos_tf.sharding import layout_of, mark_partial_gradient
 
@@ -23,6 +30,11 @@ class SelfAttention(keras.layers.Layer):
     (arXiv 1909.08053). With fewer key-value heads than query heads (grouped-query attention, arXiv
     2305.13245) each serves N/K query heads; where t does not divide K, key and value products are
     whole on every rank, which takes the heads that its query heads need.
+
+    Where the stream is split along positions (`layers.stream`), a rank has the queries, keys and
+    values of its own, and sees the others by `layers.ring_attention`. A row of 1,024 positions or
+    more is attended to by blocks (`layers.blockwise_attention`), a shorter one, and a cache, by one
+    matrix of scores.
 
     Args:
         hidden_size: D.
@@ -43,6 +55,8 @@ class SelfAttention(keras.layers.Layer):
         cache: key and value of earlier positions ``[2, B, K', S, H]`` with S positions in all and
             K' this rank's key-value heads, or None.
         offset: position of the first of the T entries in the cache; int32 scalar.
+        segment_ids: integers ``[B, T]``, the document that each entry is of, where a row holds
+            several: it sees only those of its own. Not with a cache.
 
     Call returns:
         Tensor like `x`; with a cache, (that, the cache with the T entries written).
@@ -101,11 +115,13 @@ class SelfAttention(keras.layers.Layer):
         training: bool | None = None,
         cache: tf.Tensor | None = None,
         offset: int | tf.Tensor = 0,
+        segment_ids: tf.Tensor | None = None,
     ) -> Any:
         region = TensorRegion(self.output_product.kernel)
         q_BTNH, k_BTKH, v_BTKH = self._project(region.enter(x))
+        length = q_BTNH.shape[1] if q_BTNH.shape[1] is not None else tf.shape(q_BTNH)[1]
+        positions = region_positions(length) + offset
         if self.rope_theta is not None:
-            positions = tf.range(tf.shape(q_BTNH)[1]) + offset
             q_BTNH = rotate(q_BTNH, positions, self.rope_theta)
             k_BTKH = rotate(k_BTKH, positions, self.rope_theta)
         q = tf.transpose(q_BTNH, [0, 2, 1, 3])
@@ -114,7 +130,13 @@ class SelfAttention(keras.layers.Layer):
         if cache is not None:
             cache = _write_cache(cache, tf.stack([k, v]), offset)
             k, v = cache[0], cache[1]
-        o_BNTH = self._attend(q, k, v, offset, training)
+        if self._kv_is_whole_but_query_cut():
+            k, v = self._heads_for_my_queries(q.shape[1], k, v)
+        if cache is None:
+            o_BNTH = self._attend(q, k, v, positions, segment_ids, training)
+        else:
+            mask = Mask(positions, tf.range(tf.shape(k)[2]))
+            o_BNTH = plain_attention(q, k, v, mask, self._drop(training))
         y = region.leave(self.output_product(tf.transpose(o_BNTH, [0, 2, 1, 3])))
         if self.output_product.bias is not None:
             in_stream(self.output_product.bias)
@@ -151,33 +173,32 @@ class SelfAttention(keras.layers.Layer):
         query, kv = layout_of(self.query.kernel), layout_of(self.key_value.kernel)
         return AXIS in query.dims and (kv is None or AXIS not in kv.dims)
 
-    def _attend(self, q_BNTH, k_BKSH, v_BKSH, offset, training) -> tf.Tensor:
+    def _attend(self, q_BNTH, k_BKTH, v_BKTH, positions_T, segments_BT, training) -> tf.Tensor:
         """Attention of N query heads to K key-value heads, for each of which there are N/K."""
-        if self._kv_is_whole_but_query_cut():
-            k_BKSH, v_BKSH = self._heads_for_my_queries(q_BNTH.shape[1], k_BKSH, v_BKSH)
-        num_q, num_kv = q_BNTH.shape[1], k_BKSH.shape[1]
-        shape = tf.shape(q_BNTH)
-        rows, length, group = shape[0], shape[2], num_q // num_kv
-        positions_S = tf.range(tf.shape(k_BKSH)[2])
-        visible_TS = positions_S <= tf.range(length)[:, tf.newaxis] + offset
-        if group > 1:
-            # The query heads of a key-value head lie along its positions: one product for all.
-            q_BNTH = tf.reshape(q_BNTH, [rows, num_kv, group * length, self.head_dim])
-            visible_TS = tf.tile(visible_TS, [group, 1])
-        scale = 1 / math.sqrt(self.head_dim)
-        scores = tf.matmul(q_BNTH * tf.constant(scale, q_BNTH.dtype), k_BKSH, transpose_b=True)
-        scores = tf.where(visible_TS, scores, scores.dtype.min)
-        wide = tf.cast(scores, tf.float32) if scores.dtype.size < 4 else scores
-        weights = tf.cast(tf.nn.softmax(wide), scores.dtype)
-        weights = self.weight_dropout(weights, training=training)
-        o = tf.matmul(weights, v_BKSH)
-        return tf.reshape(o, [rows, num_q, length, self.head_dim]) if group > 1 else o
+        stream, length = current_stream(), k_BKTH.shape[2]
+        is_split = stream is not None and bool(stream.position_axes)
+        mask = Mask(positions_T, positions_T, segments_BT, segments_BT)
+        # Fewer keys than a block are as fast with their scores in one matrix, and in fewer ops.
+        if not is_split and (length is None or length < BLOCK):
+            return plain_attention(q_BNTH, k_BKTH, v_BKTH, mask, self._drop(training))
+        layer, dropout = self.weight_dropout, None
+        if training and layer.rate > 0:
+            dropout = WeightDropout(layer.rate, layer.next_seed())
+        if not is_split:
+            return blockwise_attention(q_BNTH, k_BKTH, v_BKTH, mask, dropout, in_order=True)
+        over_ranks = ring_attention if stream.zigzag else ulysses_attention
+        return over_ranks(q_BNTH, k_BKTH, v_BKTH, stream.position_axes, segments_BT, dropout)
+
+    def _drop(self, training: bool | None) -> Callable[[tf.Tensor], tf.Tensor]:
+        return functools.partial(self.weight_dropout, training=training)
 
     def _heads_for_my_queries(self, num_q, k, v) -> tuple[tf.Tensor, tf.Tensor]:
-        """One key-value head for each query head of this rank, out of all of them."""
-        program = current_program()
-        first = program.axis_index(AXIS) * num_q
-        heads = (first + tf.range(num_q)) // (self.num_heads // self.num_kv_heads)
+        """Of all key-value heads those that this rank's query heads need, in their order."""
+        group = self.num_heads // self.num_kv_heads
+        # So many query heads in turn share one, wherever this rank's begin.
+        sharing = math.gcd(num_q, group)
+        first = current_program().axis_index(AXIS) * num_q
+        heads = (first + tf.range(0, num_q, sharing)) // group
         return tf.gather(k, heads, axis=1), tf.gather(v, heads, axis=1)
 
 

@@ -16,7 +16,7 @@ class Dropout(keras.layers.Layer):
     Ranks with other rows of the batch draw other masks, because their seed generators have other
     states (`sharding.SeedVariable`). Along `tensor` the same activation gets the same mask, and an
     activation that is split along it (heads; positions between blocks under sequence parallelism)
-    gets another for each rank.
+    gets another for each rank. So it does along the axes that split the stream (`layers.stream`).
 
     Args:
         rate: share of entries that are dropped, 0 <= rate < 1.
@@ -52,8 +52,25 @@ class Dropout(keras.layers.Layer):
     def call(self, x: tf.Tensor, training: bool | None = None) -> tf.Tensor:
         if not training or self.rate == 0:
             return x
+        return tf.nn.experimental.stateless_dropout(x, rate=self.rate, seed=self.next_seed())
+
+    def next_seed(self) -> tf.Tensor:
+        """Returns the seed of one more mask, for a layer that has a rate and draws by itself.
+
+        Returns:
+            int32 ``[2]``, another one on ranks that hold other entries.
+        """
         seed = tf.cast(self.seed_generator.next(), tf.int32)
+        axes = self._axes_that_split()
+        if axes:
+            seed += tf.stack([0, collectives.axis_index(axes) * 1_000_003])
+        return seed
+
+    def _axes_that_split(self) -> tuple[str, ...]:
+        """The axes whose ranks hold other entries of the activation, rows of the batch apart."""
         program = current_program()
-        if program is not None and (self.split_over_tensor or program.sequence_parallel):
-            seed += tf.stack([0, collectives.axis_index(AXIS) * 1_000_003])
-        return tf.nn.experimental.stateless_dropout(x, rate=self.rate, seed=seed)
+        if program is None:
+            return ()
+        is_split = self.split_over_tensor or program.sequence_parallel
+        stream = () if program.stream is None else program.stream.axes
+        return (*stream, AXIS) if is_split else stream

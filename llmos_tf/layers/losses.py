@@ -15,7 +15,8 @@ class TokenCrossEntropy(keras.losses.Loss):
     The average is the sum of weighted losses over the sum of weights, over all rows, positions and
     ranks. Where an output layer has left its logits cut by vocabulary, the loss is computed on the
     slices with three sums for each token, and no device ever holds the logits of all V tokens
-    (Megatron-LM, arXiv 1909.08053, section 3).
+    (Megatron-LM, arXiv 1909.08053, section 3). Where a model has left them cut by rows or positions
+    (`layers.stream`), each rank computes its own part's losses, and only those are gathered.
 
     Args:
         reduction: as for `keras.losses.Loss`.
@@ -45,9 +46,10 @@ class TokenCrossEntropy(keras.losses.Loss):
     def call(self, y_true: tf.Tensor, y_pred: tf.Tensor) -> tf.Tensor:
         labels = tf.cast(y_true, tf.int32)
         program = current_program()
-        if program is not None and program.logits_axis is not None:
-            return sharded_cross_entropy(labels, y_pred, program.logits_axis)
-        return tf.nn.sparse_softmax_cross_entropy_with_logits(labels, y_pred)
+        stream = None if program is None else program.logits_stream
+        if stream is None:
+            return _token_losses(labels, y_pred)
+        return stream.leave(_token_losses(stream.enter(labels), y_pred))
 
 
 def sharded_cross_entropy(labels: tf.Tensor, logits: tf.Tensor, axis: str) -> tf.Tensor:
@@ -83,3 +85,10 @@ def sharded_cross_entropy(labels: tf.Tensor, logits: tf.Tensor, axis: str) -> tf
         return tf.math.log(total) - label_logit, gradient
 
     return loss_of(logits)
+
+
+def _token_losses(labels: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
+    program = current_program()
+    if program is not None and program.logits_axis is not None:
+        return sharded_cross_entropy(labels, logits, program.logits_axis)
+    return tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)

@@ -3,6 +3,7 @@
 Shape suffixes here and in the other layers: B rows, T positions, D hidden width, F feed-forward
 width, N query heads, K key-value heads, H head width, V vocabulary. With a tensor axis of size t a
 rank holds N/t, K/t, F/t, V/t of them; under sequence parallelism T/t positions between blocks.
+Where the stream is split (`layers.stream`), B and T are the rows and positions of this rank's part.
 """
 
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import tensorflow as tf
 
 from llmos_tf import collectives
+from llmos_tf.layers.stream import Stream, current_stream
 from llmos_tf.program import current_program
 from llmos_tf.sharding import layout_of, mark_partial_gradient
 
@@ -88,6 +90,19 @@ def in_stream(weight: Any) -> Any:
     return weight
 
 
+def region_positions(length: int | tf.Tensor) -> tf.Tensor:
+    """Returns the positions that an activation inside a region stands for.
+
+    Args:
+        length: number of positions that this rank holds there.
+
+    Returns:
+        int32 ``[length]``: from 0, or those of this rank's part where the stream is split.
+    """
+    stream = current_stream() or Stream()
+    return stream.positions(length)
+
+
 def stream_positions(length: int | tf.Tensor) -> tf.Tensor:
     """Returns the positions that an activation of the residual stream stands for.
 
@@ -95,10 +110,11 @@ def stream_positions(length: int | tf.Tensor) -> tf.Tensor:
         length: number of positions that this rank holds in the stream.
 
     Returns:
-        int32 ``[length]``: from 0, or from this rank's first position where positions are split.
+        int32 ``[length]``: as in a region, or of these the part that this rank holds between
+        regions under sequence parallelism.
     """
-    positions = tf.range(length)
     program = current_program()
-    if program is not None and program.sequence_parallel:
-        positions += collectives.axis_index(AXIS) * length
-    return positions
+    if program is None or not program.sequence_parallel:
+        return region_positions(length)
+    positions = region_positions(length * collectives.axis_size(AXIS))
+    return collectives.split_to_axis(positions, AXIS, dim=0)

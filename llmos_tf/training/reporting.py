@@ -66,13 +66,14 @@ class RunReport:
         self._file.close()
         self._writer.close()
 
-    def step(self, step: int, loss: float, learning_rate: float) -> None:
+    def step(self, step: int, loss: float, learning_rate: float, **scalars: float) -> None:
         """Reports one step, just ended.
 
         Args:
             step: its number, from 1.
             loss: in nats a token.
             learning_rate: with which it updated.
+            **scalars: what else is to be kept of it, by name.
         """
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
@@ -84,11 +85,12 @@ class RunReport:
             "seconds": seconds,
             "tokens_per_second": rate,
             "mfu": rate * self._flops_per_token / self._peak_flops,
+            **scalars,
         }
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
         with self._writer.as_default(step):
-            for name in _SCALARS:
+            for name in (*_SCALARS, *scalars):
                 if not (self._is_first and name in ("tokens_per_second", "mfu")):
                     write_scalar(name, row[name], step)
         # The first step traces, so its rate would only mislead.

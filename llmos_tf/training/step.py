@@ -15,8 +15,9 @@
 3. exchange intermediate results where a part ends: `layers.regions.TensorRegion`;
 4. update: each rank its own part, the same `apply_gradients`.
 
-On a mesh of both, both happen. `model.fit` under a strategy's scope runs Keras's own `train_step`
-through the same steps 1, 3 and 4 (`strategies.keras_hooks`).
+On a mesh of both, both happen. On an axis `pipe` a rank has the gradients of its stage's layers, by
+all microbatches (`strategies.pipeline`). `model.fit` under a strategy's scope runs Keras's own
+`train_step` through the same steps 1, 3 and 4 (`strategies.keras_hooks`).
 """
 
 from collections.abc import Callable
@@ -30,6 +31,8 @@ from llmos_tf.layers import TokenCrossEntropy
 from llmos_tf.models.language_model import LanguageModel
 from llmos_tf.program import current_program
 from llmos_tf.strategies.input import split_batch
+from llmos_tf.strategies.pipeline.run import Pipeline
+from llmos_tf.strategies.pipeline.steps import is_pipelined, run_loss
 
 Batch = tuple[Any, Any, Any]
 
@@ -78,6 +81,9 @@ def make_train_step(
     def replica_step(*batch):
         return train_step(model, optimizer, loss, batch)
 
+    # By it a pipeline knows which model to cut.
+    replica_step.model = model
+
     # Three arguments always: to reduce retracing, TensorFlow compares them one by one.
     @tf.function(reduce_retracing=True, autograph=False)
     def step(x, y=None, sample_weight=None, *more):
@@ -102,7 +108,11 @@ def make_loss_step(model: keras.Model, loss: Any) -> tf.types.experimental.Polym
 
     @weigh_rows
     def replica_step(*batch):
+        if is_pipelined():
+            return _pipeline(model, None, loss, batch, training=False).loss()
         return batch_loss(model, loss, batch, training=False)
+
+    replica_step.model = model
 
     @tf.function(reduce_retracing=True, autograph=False)
     def step(x, y=None, sample_weight=None, *more):
@@ -126,6 +136,10 @@ def train_step(
     Returns:
         The loss of the global batch, a scalar, the same on every rank.
     """
+    if is_pipelined():
+        pipeline = _pipeline(model, optimizer, loss, batch, training=True)
+        optimizer.apply(*pipeline.gradients(model.trainable_variables))
+        return pipeline.loss()
     value, gradients = local_gradients(model, optimizer, loss, batch)
     optimizer.apply(gradients, model.trainable_variables)
     return value
@@ -172,8 +186,19 @@ def batch_loss(model: keras.Model, loss: Any, batch: Batch, training: bool) -> t
     if program is None:
         return _total_loss(model, loss, x, y, sample_weight, training)
     sharded = isinstance(loss, TokenCrossEntropy) and isinstance(model, LanguageModel)
-    with program.having(sharded_logits=sharded, logits_axis=None):
+    with program.having(sharded_logits=sharded, logits_axis=None, logits_stream=None):
         return _total_loss(model, loss, x, y, sample_weight, training)
+
+
+def _pipeline(
+    model: keras.Model,
+    optimizer: keras.optimizers.Optimizer | None,
+    loss: Any,
+    batch: Batch,
+    training: bool,
+) -> Pipeline:
+    """Runs the model as a pipeline; without an optimizer forward only."""
+    return run_loss(model, lambda rows: batch_loss(model, loss, rows, training), batch, optimizer)
 
 
 def as_loss(loss: Any) -> keras.losses.Loss:

@@ -6,52 +6,62 @@ from typing import Any
 import tensorflow as tf
 
 from llmos_tf import collectives
-from llmos_tf.collectives import with_length
 from llmos_tf.graph_cuts import Cut
 from llmos_tf.mesh import BATCH_AXES
-from llmos_tf.point_to_point import Edge
 from llmos_tf.program import ReplicaProgram
 from llmos_tf.sharding import SeedVariable
-from llmos_tf.strategies.pipeline.parts import Message, Part
+from llmos_tf.strategies.pipeline.loops import Queue, repeat
+from llmos_tf.strategies.pipeline.microbatches import Microbatches
+from llmos_tf.strategies.pipeline.parts import Part
 from llmos_tf.strategies.pipeline.step_trace import StepTrace
+from llmos_tf.strategies.pipeline.transport import Transport
 from llmos_tf.strategies.schedules import Op, Schedule
 
-# Primes of 31 bits, so that seeds of neighbouring microbatches share no pattern.
+# A prime of 31 bits, so that seeds of neighbouring microbatches share no pattern.
 _SEED_STEP = 1_190_494_759
 
+# Values of tensors of the trace, by `ref()`.
 Values = dict[Any, tf.Tensor]
 
 
 class StageRun:
-    """A step on one stage.
+    """A step on one stage: one loop over the ops of the schedule, beside those that communicate.
+
+    The ops follow each other, as each is a turn of the loop: that is what bounds the activations
+    that a stage holds. What a forward pass keeps for its backward pass waits in a queue.
 
     Args:
         program: of the stage.
         step: the step, in parts.
         schedule: the order of work.
-        microbatches: the flat data of each.
-        rows: number of own rows of each, int32 scalars.
+        microbatches: this rank's rows.
         reads: values of what this stage's parts read, by the placeholder's `ref()`.
         seed: gradient of what is minimized by the loss, or None for the forward pass alone.
-    """
+        name: of this run on its device, unlike that of any other.
+
+    Raises:
+        ValueError: the schedule does not take the microbatches in turn.
+    """  # noqa: DOC502
 
     def __init__(
         self,
         program: ReplicaProgram,
         step: StepTrace,
         schedule: Schedule,
-        microbatches: Sequence[Sequence[tf.Tensor]],
-        rows: Sequence[tf.Tensor],
+        microbatches: Microbatches,
         reads: Mapping,
         seed: tf.Tensor | None,
+        name: str,
     ):
         self._program, self._step, self._schedule = program, step, schedule
+        self._microbatches, self._name = microbatches, name
+        # The parts of this stage, by their number in the model.
         self.parts: dict[int, Part] = {
-            chunk: step.parts[schedule.part_of(program.stage, chunk)]
-            for chunk in range(schedule.num_chunks)
+            number: step.parts[number]
+            for number in range(schedule.num_parts)
+            if schedule.stage_of_part(number) == program.stage
         }
-        self._differentiates = seed is not None
-        # What is the same for all microbatches, and what is known of each.
+        # What is the same for all microbatches.
         self._common: Values = {
             step.coordinate.ref(): program.own_coordinate(),
             step.token.ref(): program.token,
@@ -60,209 +70,205 @@ class StageRun:
         }
         if seed is not None:
             self._common[step.seed.ref()] = seed
-        self.values: list[Values] = [
-            {
-                step.microbatch.ref(): tf.constant(number),
-                step.rows.ref(): own,
-                **{x.ref(): y for x, y in zip(step.data, data, strict=True)},
-                **self._states(number, reads),
-            }
-            for number, (data, own) in enumerate(zip(microbatches, rows, strict=True))
-        ]
-        # Sums of dense gradients, by the placeholder of the read.
+        kinds = "FBW" if seed is not None else "F"
+        self._order = [op for op in schedule.order(program.stage) if op.kind in kinds]
+        _check_in_turn(self._order)
+        self._transport = Transport(program, schedule, step, name, seed is not None)
+        # Sums over the microbatches: of gradients by the placeholder of the sum before, of what
+        # the step results in and writes by itself.
         self.sums: Values = {}
-        self._sent: list[tf.Tensor] = []
-
-    def _states(self, number: int, reads: Mapping) -> Values:
-        """Other random numbers for each microbatch."""
-        states = {}
-        for part in self.parts.values():
-            for read in part.reads:
-                if isinstance(read.variable, SeedVariable):
-                    state = reads[read.value.ref()]
-                    shift = tf.constant([number * _SEED_STEP % 2**32, 0], state.dtype)
-                    states[read.value.ref()] = state + shift
-        return states
 
     def run(self) -> None:
         """Does all that the schedule says of this stage; the forward part of it without a seed."""
-        self._add_totals()
-        # The ops of a stage follow each other: that is what bounds the activations it holds. What
-        # comes from elsewhere is asked for one op ahead.
-        done: list[tf.Tensor] = []
-        before: list[tf.Tensor] = []
-        for op in self._schedule.order(self._program.stage):
-            if op.kind == "F" or self._differentiates:
-                results = self._do(op, before, done)
-                if results:
-                    before, done = done, results[:1]
-        self._program.require(self._sent)
+        # After whatever has communicated before. Read once, before the first loop: the loop that
+        # computes uses the token, so that what reads it later waits for that loop.
+        self._program.require([])
+        zero = self._program.zero_after_required()
+        self._add_totals(zero)
+        carried = [*(before for part in self.parts.values() for before, _ in part.sums)]
+        carried += [x for number in self.parts for x in self._summed(number)]
+        keys = [x.ref() for x in carried]
+        tasks = [
+            (op.kind, self._schedule.part_of(self._program.stage, op.chunk)) for op in self._order
+        ]
+        branches = list(dict.fromkeys(tasks))
+        branch_of = tf.constant([branches.index(task) for task in tasks])
+        number_of = tf.constant([op.microbatch for op in self._order])
 
-    def _add_totals(self) -> None:
-        """Sums what losses are divided by over microbatches and ranks, before the first op."""
-        for part in self.parts.values():
-            if not part.totals:
-                continue
-            counts = [part.count({**self._common, **values}) for values in self.values]
-            for (_, total), numbers in zip(part.totals, zip(*counts, strict=True), strict=True):
-                if total.ref() not in self._common:
-                    self._common[total.ref()] = collectives.all_reduce(
-                        tf.add_n(list(numbers)), BATCH_AXES
-                    )
+        def turn(tick, *values):
+            state = dict(zip(keys, values, strict=True))
 
-    def _do(self, op: Op, before: list[tf.Tensor], done: list[tf.Tensor]) -> list[tf.Tensor]:
-        """Does one op and returns what it has computed."""
-        number = self._schedule.part_of(self._program.stage, op.chunk)
-        part, values = self.parts[op.chunk], self.values[op.microbatch]
-        if op.kind == "F":
-            self._receive(part.inputs, number - 1, number, op.microbatch, before)
-            results = self._call(part.forward, values, done)
-            self._send(part.outputs, number, number + 1, op.microbatch)
-            return results
-        if op.kind == "B":
-            self._receive(part.gradient_inputs, number + 1, number, op.microbatch, before)
-            results = self._call(part.backward, values, done, part)
-            self._send(part.gradient_outputs, number, number - 1, op.microbatch)
-            return results
-        return self._call(part.weights, values, done, part)
+            def does(kind, part):
+                return lambda: self._do(kind, part, number_of[tick], dict(state))
 
-    def _call(
-        self, cut: Cut, values: Values, done: list[tf.Tensor], part: Part | None = None
-    ) -> list[tf.Tensor]:
-        known = {**self._common, **values}
-        sums = [] if part is None else part.sums
-        for before, _ in sums:
-            known[before.ref()] = self.sums.get(before.ref())
-            if known[before.ref()] is None:
-                known[before.ref()] = tf.zeros(before.shape, before.dtype)
-        with tf.control_dependencies(done):
-            results = cut(known)
-        values.update({x.ref(): y for x, y in zip(cut.fetches, results, strict=True)})
-        for before, after in sums:
-            if after.ref() in values:
-                self.sums[before.ref()] = values.pop(after.ref())
-        return results
+            return tf.switch_case(branch_of[tick], [does(*branch) for branch in branches])
 
-    # --- between stages ---------------------------------------------------------------------------
-
-    def _edge(self, sender: int, receiver: int) -> Edge | None:
-        """The way between the stages of two parts; None within one stage."""
-        stage_of = self._schedule.stage_of_part
-        shift = (stage_of(receiver) - stage_of(sender)) % self._schedule.num_stages
-        return Edge(self._program, ("pipe",), shift) if shift else None
-
-    def _send(self, messages: list[Message], sender: int, receiver: int, microbatch: int) -> None:
-        edge = self._edge(sender, receiver) if messages else None
-        known = {**self._common, **self.values[microbatch]}
-        for message in messages:
-            x = known[message.sent.ref()]
-            if edge is None:
-                self.values[microbatch][message.received.ref()] = x
-                continue
-            key = message.key + microbatch
-            if not message.received.shape.is_fully_defined():
-                self._sent.append(edge.send(tf.shape(x), key))
-                x = tf.reshape(x, [-1])
-                key = with_length(key + self._schedule.num_microbatches, tf.size(x))
-            self._sent.append(edge.send(x, key))
-
-    def _receive(
-        self,
-        messages: list[Message],
-        sender: int,
-        receiver: int,
-        microbatch: int,
-        before: list[tf.Tensor],
-    ) -> None:
-        edge = self._edge(sender, receiver) if messages else None
-        if edge is None:
-            return
-        with tf.control_dependencies(before):
-            for message in messages:
-                x, key = message.received, message.key + microbatch
-                if x.shape.is_fully_defined():
-                    value = edge.receive(x.dtype, tuple(x.shape), key)
-                else:
-                    shape = edge.receive(tf.int32, (x.shape.rank,), key)
-                    length = tf.reduce_prod(shape)
-                    key = with_length(key + self._schedule.num_microbatches, length)
-                    value = tf.reshape(edge.receive(x.dtype, length[tf.newaxis], key), shape)
-                self.values[microbatch][x.ref()] = tf.ensure_shape(value, x.shape)
-
-    # --- results ----------------------------------------------------------------------------------
+        zeros = [tf.zeros(x.shape, x.dtype) for x in carried]
+        turns, results = repeat(zero, len(self._order), turn, zeros)
+        self.sums = dict(zip(keys, results, strict=True))
+        self._program.require([turns, *self._transport.run(zero)])
 
     def all_of(self, x: tf.Tensor) -> list[tf.Tensor]:
-        """Returns the values of a tensor of the trace, for each microbatch.
+        """Returns the values of what was kept of each microbatch, once.
 
         Args:
-            x: a result of one of this stage's parts.
+            x: an output of the step, or a component of a sparse gradient.
 
         Returns:
-            Its values.
+            Its values, in order.
         """
-        return [{**self._common, **values}[x.ref()] for values in self.values]
+        values: list[tf.Tensor] = []
+        for _ in range(self._microbatches.count):
+            with tf.control_dependencies([self._program.required, *values[-1:]]):
+                values += self._results(x).take()
+        return values
+
+    # --- one microbatch ---------------------------------------------------------------------------
+
+    def _do(self, kind: str, number: int, microbatch: tf.Tensor, state: Values) -> list[tf.Tensor]:
+        """Does one op and returns the sums after it."""
+        part = self.parts[number]
+        known = {**self._known(microbatch), **state}
+        if kind == "F":
+            done = self._forward(number, part, known)
+            for x in self._summed(number):
+                state[x.ref()] += self._share(x, known)
+        elif kind == "B":
+            done = self._backward(number, part, known)
+        else:
+            done = self._weights(number, part, known)
+        for before, after in part.sums:
+            if kind != "F" and after.ref() in known:
+                state[before.ref()] = known[after.ref()]
+        with tf.control_dependencies(done):
+            return [tf.identity(x) for x in state.values()]
+
+    def _known(self, microbatch: tf.Tensor) -> Values:
+        """What is known of a microbatch from the start."""
+        step = self._step
+        data, rows = self._microbatches.at(microbatch)
+        known = {**self._common, step.microbatch.ref(): microbatch, step.rows.ref(): rows}
+        known.update({x.ref(): y for x, y in zip(step.data, data, strict=True)})
+        for read in (read for part in self.parts.values() for read in part.reads):
+            if isinstance(read.variable, SeedVariable):
+                state = self._common[read.value.ref()]
+                shift = tf.cast(microbatch, state.dtype) * tf.constant(_SEED_STEP, state.dtype)
+                # Other random numbers for each microbatch.
+                known[read.value.ref()] = state + tf.stack([shift, tf.zeros_like(shift)])
+        return known
+
+    def _forward(self, number: int, part: Part, known: Values) -> list[tf.Operation]:
+        known.update(self._transport.take("F", number))
+        _call(part.forward, known)
+        done = self._transport.put("F", number + 1, known)
+        if self._step.seed is not None:
+            done += self._queue("kept", number, part.kept).put([known[x.ref()] for x in part.kept])
+        if self._is_last(number):
+            done += self._keep(self._step.kept_outputs, known)
+        return done
+
+    def _backward(self, number: int, part: Part, known: Values) -> list[tf.Operation]:
+        kept = self._queue("kept", number, part.kept).take()
+        known.update({x.ref(): y for x, y in zip(part.kept, kept, strict=True)})
+        known.update(self._transport.take("B", number + 1))
+        _call(part.backward, known)
+        done = self._transport.put("B", number, known)
+        if part.weights is None:
+            return done + self._keep_rows(part, known)
+        handed_on = [known[x.ref()] for x in part.handed_on]
+        return done + self._queue("handed_on", number, part.handed_on).put(handed_on)
+
+    def _weights(self, number: int, part: Part, known: Values) -> list[tf.Operation]:
+        handed_on = self._queue("handed_on", number, part.handed_on).take()
+        known.update({x.ref(): y for x, y in zip(part.handed_on, handed_on, strict=True)})
+        _call(part.weights, known)
+        return self._keep_rows(part, known)
+
+    # --- sums over microbatches -------------------------------------------------------------------
+
+    def _add_totals(self, zero: tf.Tensor) -> None:
+        """Sums what losses are divided by over microbatches and ranks, before the first op."""
+        for part in self.parts.values():
+            counts = [x for x, _ in part.totals]
+            if not counts:
+                continue
+
+            def add(microbatch, *sums, part=part):
+                known = self._known(microbatch)
+                _call(part.count, known)
+                return [y + known[x.ref()] for y, (x, _) in zip(sums, part.totals, strict=True)]
+
+            zeros = [tf.zeros(x.shape, x.dtype) for x in counts]
+            _, sums = repeat(zero, self._microbatches.count, add, zeros)
+            for (_, total), mine in zip(part.totals, sums, strict=True):
+                if total.ref() not in self._common:
+                    self._common[total.ref()] = collectives.all_reduce(mine, BATCH_AXES)
+
+    def _summed(self, number: int) -> list[tf.Tensor]:
+        """What of a part's results is added up: losses, and averages that layers keep up."""
+        step = self._step
+        written = [value for _, value in step.parts[number].writes]
+        losses = []
+        if self._is_last(number):
+            losses = [x for _, x, _ in step.trace.loss_metrics]
+            losses += [] if step.loss is None else [step.loss]
+        unique = {x.ref(): x for x in [*losses, *written]}
+        return list(unique.values())
+
+    def _share(self, x: tf.Tensor, known: Values) -> tf.Tensor:
+        """A microbatch's part of a sum.
+
+        An average that a layer keeps up is the mean of what it is after each microbatch, by rows. A
+        count is the same after each, so that of the first one counts.
+        """
+        value = known[x.ref()]
+        written = {y.ref() for part in self.parts.values() for _, y in part.writes}
+        if x.ref() not in written:
+            return value
+        if not value.dtype.is_floating:
+            first = tf.equal(known[self._step.microbatch.ref()], 0)
+            return tf.where(first, value, tf.zeros_like(value))
+        rows = tf.cast(known[self._step.rows.ref()], value.dtype)
+        count = tf.cast(self._microbatches.num_rows(), value.dtype)
+        return value * tf.math.divide_no_nan(rows, count)
 
     def store_writes(self) -> None:
-        """Stores what the step has written into variables.
-
-        Averages that layers keep up are the mean of what they are after each microbatch; a count is
-        the same after each.
-        """
+        """Stores what the step has written into variables."""
         for part in self.parts.values():
             for variable, value in part.writes:
-                values = self.all_of(value)
-                is_average = value.dtype.is_floating and len(values) > 1
-                mean = self._mean(values) if is_average else values[-1]
-                variable.store(self._program, mean)
+                variable.store(self._program, self.sums[value.ref()])
 
-    def _mean(self, values: list[tf.Tensor]) -> tf.Tensor:
-        rows = [own[self._step.rows.ref()] for own in self.values]
-        weights = [tf.cast(r, values[0].dtype) for r in rows]
-        total = tf.add_n([w * v for w, v in zip(weights, values, strict=True)])
-        count = tf.add_n(weights)
-        return tf.where(count > 0, tf.math.divide_no_nan(total, count), values[0])
+    # --- queues -----------------------------------------------------------------------------------
+
+    def _queue(self, kind: str, number: int, like: Sequence[tf.Tensor]) -> Queue:
+        return Queue(f"{self._name}_{kind}_{number}", like)
+
+    def _results(self, x: tf.Tensor) -> Queue:
+        return Queue(f"{self._name}_{x.name.replace(':', '_').replace('/', '.')}", [x])
+
+    def _keep(self, tensors: Sequence[tf.Tensor], known: Values) -> list[tf.Operation]:
+        return [op for x in tensors for op in self._results(x).put([known[x.ref()]])]
+
+    def _keep_rows(self, part: Part, known: Values) -> list[tf.Operation]:
+        """Keeps sparse gradients, which are put together at the end."""
+        return self._keep([x for rows in part.rows for x in (rows.values, rows.indices)], known)
+
+    def _is_last(self, number: int) -> bool:
+        return number == self._schedule.num_parts - 1
 
 
-def split_rows(program: ReplicaProgram, flat: Sequence[tf.Tensor], count: int) -> tuple[list, list]:
-    """Cuts this rank's rows into microbatches.
+def _call(cut: Cut, known: Values) -> None:
+    known.update({x.ref(): y for x, y in zip(cut.fetches, cut(known), strict=True)})
 
-    Args:
-        program: of the stage.
-        flat: tensors whose first dimension is rows; scalars go to all microbatches as they are.
-        count: number of microbatches.
 
-    Returns:
-        For each microbatch its tensors, of at least one row, and its number of own rows.
-
-    Raises:
-        ValueError: the microbatches do not divide the rows.
-    """
-    rows = next((x.shape[0] for x in flat if x.shape.rank), None)
-    if rows is not None and rows % count:
-        raise ValueError(
-            f"num_microbatches={count} does not divide the {rows} rows that each replica has of a "
-            f"batch. Take a global batch that is a multiple of {count} times the "
-            f"{program.mesh.batch_ways} replica(s), or another number of microbatches."
-        )
-    microbatches, own = [], []
-    for number in range(count):
-        parts, mine = [], None
-        for x in flat:
-            if not x.shape.rank:
-                parts.append(x)
-                continue
-            length = x.shape[0] if x.shape[0] is not None else tf.shape(x)[0]
-            begin, end = number * length // count, (number + 1) * length // count
-            if x.shape[0] is None:
-                mine = end - begin
-                # One row at least, as the engine gives each rank; it counts nowhere.
-                begin = tf.minimum(begin, length - 1)
-                end = tf.maximum(end, begin + 1)
-            parts.append(x[begin:end])
-        if mine is None:
-            mine = tf.constant((rows or count) // count)
-        if program.rows is not None:
-            mine = tf.where(program.rows > 0, mine, 0)
-        microbatches.append(parts)
-        own.append(mine)
-    return microbatches, own
+def _check_in_turn(order: Sequence[Op]) -> None:
+    """Checks that each kind of op takes the microbatches in turn, as the queues do."""
+    following: dict[tuple[str, int], int] = {}
+    for op in order:
+        expected = following.get((op.kind, op.chunk), 0)
+        if op.microbatch != expected:
+            raise ValueError(
+                f"A pipeline takes microbatches in turn. Received: a schedule in which {op.kind} of "
+                f"chunk {op.chunk} comes to microbatch {op.microbatch} before {expected}."
+            )
+        following[op.kind, op.chunk] = expected + 1

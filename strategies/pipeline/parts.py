@@ -18,8 +18,8 @@ class Message(NamedTuple):
     Attributes:
         sent: the tensor in the sender's graph.
         received: what it is called at the receiver.
-        key: the first of as many instance keys as there are microbatches, for its shape and, in as
-            many more, for itself.
+        key: the first of as many instance keys as there are microbatches, and as many more for its
+            shape.
     """
 
     sent: tf.Tensor
@@ -42,7 +42,9 @@ class Part:
         totals: (number of a microbatch, sum over all), as far as the part uses the sum.
         lookups: (`id` of a table, rows) of what was only looked up; see `program.read_gradients`.
         writes: (variable, new value).
-        forward: inputs and data to outputs, results, and what backward needs.
+        kept: what the forward pass keeps for what comes later.
+        handed_on: what the backward pass hands on to `weights`.
+        forward: inputs and data to outputs, results, and what is kept.
         backward: gradients of inputs, and where the schedule does not split it, of reads.
         weights: gradients of reads, where the schedule splits the backward pass.
         count: the numbers of `totals` for one microbatch.
@@ -58,6 +60,8 @@ class Part:
     totals: list[tuple[tf.Tensor, tf.Tensor]] = field(default_factory=list)
     lookups: list[tuple[int, tf.IndexedSlices]] = field(default_factory=list)
     writes: list[tuple[Any, tf.Tensor]] = field(default_factory=list)
+    kept: list[tf.Tensor] = field(default_factory=list)
+    handed_on: list[tf.Tensor] = field(default_factory=list)
     forward: Cut | None = None
     backward: Cut | None = None
     weights: Cut | None = None
@@ -129,12 +133,11 @@ class Division:
         count = 2 * self._trace.num_microbatches
         return Message(sent, received, self._program.keys.next_instance("trace", count))
 
-    def differentiate(self, tape: tf.GradientTape, loss: tf.Tensor, seed: tf.Tensor) -> None:
+    def differentiate(self, loss: tf.Tensor, seed: tf.Tensor) -> None:
         """Adds the backward pass of each part to the graph, from the last to the first.
 
         Args:
-            tape: persistent, of the forward pass.
-            loss: its result.
+            loss: the result of the forward pass.
             seed: gradient of what is minimized by the loss, a scalar.
         """
         targets, upstream = [loss], [seed]
@@ -142,7 +145,11 @@ class Division:
             sources = [m.received for m in part.inputs if m.received.dtype.is_floating]
             reads = [read for read in part.reads if read.is_differentiated]
             known = [read.value for read in reads]
-            gradients = tape.gradient(targets, [*sources, *known], output_gradients=upstream)
+            # Not by a tape: of two inputs one may depend on the other, in the part before. What goes
+            # that way is added there.
+            gradients = tf.gradients(
+                targets, [*sources, *known], grad_ys=upstream, stop_gradients=sources
+            )
             part.gradients = [
                 (read, gradient)
                 for read, gradient in zip(reads, gradients[len(sources) :], strict=True)
@@ -198,13 +205,19 @@ class Division:
         weights += [x for rows in part.rows for x in (rows.values, rows.indices)]
         backward = cuts.ancestors(inputs, received, without=forward)
         rest = cuts.ancestors(weights, received, without=forward | backward)
+        used = [*cuts.inputs_of(backward | rest), *inputs, *weights]
+        known = {x.ref() for x in received}
+        part.kept = _unique([x for x in used if x.op.name in forward or x.ref() in known])
+        part.forward = cuts.cut(forward, _unique([*wanted, *part.kept]))
         if not splits_backward:
-            backward, rest, inputs = backward | rest, frozenset(), [*inputs, *weights]
-        kept = [x for x in cuts.inputs_of(backward | rest) if x.op.name in forward]
-        part.forward = cuts.cut(forward, _unique([*wanted, *kept]))
-        handed_on = [x for x in cuts.inputs_of(rest) if x.op.name in backward]
-        part.backward = cuts.cut(backward, _unique([*inputs, *handed_on]))
-        if splits_backward:
+            part.backward = cuts.cut(backward | rest, _unique([*inputs, *weights]))
+        else:
+            known |= {m.received.ref() for m in part.gradient_inputs}
+            known |= {x.ref() for x in part.kept}
+            used = [*cuts.inputs_of(rest), *weights]
+            part.handed_on = _unique([x for x in used if x.op.name in backward or x.ref() in known])
+            made = [x for x in part.handed_on if x.op.name in backward]
+            part.backward = cuts.cut(backward, _unique([*inputs, *made]))
             part.weights = cuts.cut(rest, _unique(weights))
         self._cut_totals(cuts, part, forward | backward | rest)
 

@@ -11,7 +11,8 @@ from llmos_tf.mesh import BATCH_AXES
 from llmos_tf.program import require_program
 from llmos_tf.sharding import ShardedVariable
 from llmos_tf.strategies.pipeline.exchange import SharedWeights
-from llmos_tf.strategies.pipeline.executor import StageRun, split_rows
+from llmos_tf.strategies.pipeline.executor import StageRun
+from llmos_tf.strategies.pipeline.microbatches import Microbatches
 from llmos_tf.strategies.pipeline.placement import placement_of
 from llmos_tf.strategies.pipeline.step_trace import Step, StepTrace, trace_step
 
@@ -38,8 +39,8 @@ class Pipeline:
         flat = tf.nest.flatten(data, expand_composites=True)
         tensors = [x for x in flat if isinstance(x, tf.Tensor)]
         count = extended.options.num_microbatches
-        microbatches, rows = split_rows(program, tensors, count)
-        first = iter(microbatches[0])
+        self._microbatches = microbatches = Microbatches(program, tensors, count)
+        first = iter(microbatches.at(0)[0])
         sample = [next(first) if isinstance(x, tf.Tensor) else x for x in flat]
         self._step: StepTrace = program.share(
             lambda: trace_step(
@@ -48,9 +49,11 @@ class Pipeline:
                 tf.nest.pack_sequence_as(data, sample, expand_composites=True),
                 placement_of(model).begins_in,
                 seed is not None,
-                any(x.shape.rank and x.shape[0] is None for x in tensors),
+                microbatches.are_uneven,
             )
         )
+        number = program.share(lambda: program.keys.next_instance("trace"))
+        name = f"pipeline_{program.keys.first}_{number}_{program.stage}"
         self._merge_notes()
         self._tape = tf.GradientTape(persistent=True)
         with program.having(own_stage=True):
@@ -61,7 +64,7 @@ class Pipeline:
             self._seed = None if seed is None else tf.cast(seed(), self._step.loss.dtype)
             known = {r.value.ref(): self._values[_key(r)] for r in self._reads()}
             self._run = StageRun(
-                program, self._step, extended.schedule, microbatches, rows, known, self._seed
+                program, self._step, extended.schedule, microbatches, known, self._seed, name
             )
             self._run.run()
             self._run.store_writes()
@@ -76,7 +79,7 @@ class Pipeline:
         """Returns the loss of the batch, the same on every rank of every stage."""
         mine = self._penalty
         if self.is_last:
-            shares = tf.add_n(self._run.all_of(self._step.loss))
+            shares = self._run.sums[self._step.loss.ref()]
             mine += collectives.all_reduce(shares, BATCH_AXES)
         return collectives.all_reduce(mine, "pipe")
 
@@ -93,7 +96,7 @@ class Pipeline:
         for metric, loss, weight in self._step.trace.loss_metrics:
             if not self.is_last:
                 continue
-            total = collectives.all_reduce(tf.add_n(self._run.all_of(loss)), BATCH_AXES)
+            total = collectives.all_reduce(self._run.sums[loss.ref()], BATCH_AXES)
             metric.update_state(total, None if weight is None else weight * count)
 
     def gradients(self, variables: list[Any]) -> tuple[list[Any], list[Any]]:
@@ -138,7 +141,7 @@ class Pipeline:
         """What this stage reads: the values of its parts, and the states of all random streams."""
         schedule, stage = self._program.strategy.extended.schedule, self._program.stage
         mine = {schedule.part_of(stage, chunk) for chunk in range(schedule.num_chunks)}
-        reads = [read for number in mine for read in self._step.parts[number].reads]
+        reads = [read for number in sorted(mine) for read in self._step.parts[number].reads]
         seeds = [read for read in self._step.trace.reads if read.is_seed]
         return [*(read for read in reads if not read.is_seed), *seeds]
 
@@ -189,12 +192,10 @@ class Pipeline:
             return _joined(self._run.all_of(x))
         shape = [1 if length is None else length for length in x.shape]
         if shape:
-            shape[0] = self._num_rows() if x.shape[0] is None else shape[0] * len(self._run.values)
+            shape[0] = self._microbatches.num_rows()
+            if x.shape[0] is not None:
+                shape[0] = x.shape[0] * self._microbatches.count
         return tf.zeros(tf.stack(shape), x.dtype)
-
-    def _num_rows(self) -> tf.Tensor:
-        first = next(x for x in self._step.data if x.shape.rank)
-        return tf.add_n([tf.shape(x)[0] for x in self._run.all_of(first)])
 
     def _summed(self) -> tuple[dict[Key, Any], dict[int, tf.IndexedSlices]]:
         """Gradients of what was read, summed over microbatches, and rows that were looked up."""

@@ -1,6 +1,6 @@
 """Traces a step of a model once, and cuts it into the parts of all stages."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +49,12 @@ class StepTrace:
     trace: ModelTrace
     program: ReplicaProgram
 
+    @property
+    def kept_outputs(self) -> list[tf.Tensor]:
+        """The tensors in the outputs, each once."""
+        tensors = [x for x in tf.nest.flatten(self.outputs) if isinstance(x, tf.Tensor)]
+        return list({x.ref(): x for x in tensors}.values())
+
 
 def trace_step(
     program: ReplicaProgram,
@@ -89,7 +95,7 @@ def trace_step(
         inner.sharded_logits = program.sharded_logits
         inner.rows = rows if has_lent_rows else None
         # The replacements of Keras are those of the program around.
-        with inner, tf.GradientTape(persistent=True) as trace.tape:
+        with inner:
             loss, outputs = step(own)
         known = [coordinate, microbatch, rows, *tensors, *(total for _, total in trace.totals)]
         known += [read.value for read in trace.reads if read.is_seed]
@@ -101,8 +107,7 @@ def trace_step(
         if differentiated:
             seed = tf.compat.v1.placeholder(loss.dtype, [])
             with inner:
-                division.differentiate(trace.tape, loss, seed)
-        trace.tape = None
+                division.differentiate(loss, seed)
         made.update(
             coordinate=coordinate,
             token=token,
@@ -157,18 +162,3 @@ def _reserve_edges(program: ReplicaProgram, schedule: Any) -> None:
         for way in (shift, -shift):
             if way:
                 program.keys.edge_keys(("pipe",), way % schedule.num_stages)
-
-
-def values_of(step: StepTrace, values: Mapping) -> Any:
-    """Returns the outputs of a step.
-
-    Args:
-        step: the step.
-        values: of tensors of the trace, by `ref()`.
-
-    Returns:
-        The structure of `step.outputs`.
-    """
-    return tf.nest.map_structure(
-        lambda x: values[x.ref()] if isinstance(x, tf.Tensor) else x, step.outputs
-    )

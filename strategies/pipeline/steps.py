@@ -6,6 +6,8 @@ with weights that are sent to it.
 """
 
 import functools
+import inspect
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +18,7 @@ from llmos_tf import _internal
 from llmos_tf.program import current_program
 from llmos_tf.strategies.pipeline.placement import place_everywhere, place_model
 from llmos_tf.strategies.pipeline.run import Pipeline
+from llmos_tf.strategies.pipeline.step_trace import Step
 
 
 def place_model_of(extended: Any, fn: Callable, args: tuple) -> None:
@@ -36,6 +39,28 @@ def place_model_of(extended: Any, fn: Callable, args: tuple) -> None:
     place_model(extended, model, x)
 
 
+def warn_if_not_pipelined(extended: Any, fn: Callable, num_traces: int, num_pipelines: int) -> None:
+    """Warns of a model's own step that was traced and is no pipeline.
+
+    Args:
+        extended: the strategy's `MeshExtended`.
+        fn: the replica function that was run.
+        num_traces: the engine's before that.
+        num_pipelines: those of `extended` before that.
+    """
+    model = _model_of(fn)
+    was_traced = extended.engine.num_traces > num_traces
+    if model is None or not was_traced or extended.num_pipelines > num_pipelines:
+        return
+    warnings.warn(
+        f"The {getattr(fn, '__name__', 'step')} of {type(model).__name__} does not call that of "
+        "keras.Model, so it is no pipeline: every stage computes the whole model, with weights "
+        "that are sent to it at each step. Call super().train_step(data) in it and change what "
+        "compute_loss returns, or use a mesh without a pipe axis.",
+        stacklevel=2,
+    )
+
+
 @functools.cache
 def hook_steps() -> None:
     """Has Keras's own steps be pipelines in programs of a mesh with a `pipe` axis, from now on."""
@@ -46,6 +71,7 @@ def hook_steps() -> None:
     ):
         original = getattr(_internal.TensorFlowTrainer, name)
         setattr(_internal.TensorFlowTrainer, name, _instead_of(original, step))
+    _internal.TensorFlowTrainer.fit = _checking_batch(_internal.TensorFlowTrainer.fit)
 
 
 def _instead_of(original: Callable, step: Callable) -> Callable:
@@ -53,7 +79,43 @@ def _instead_of(original: Callable, step: Callable) -> Callable:
     def either(model, data):
         return step(model, data) if is_pipelined() else original(model, data)
 
+    # What is around a model's own step is looked through to find the method of the model.
+    del either.__wrapped__
     return either
+
+
+def _checking_batch(original: Callable) -> Callable:
+    """`fit`, which checks the size of the batch before anything is traced."""
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def fit(model, *args, **kwargs):
+        extended = model.distribute_strategy.extended
+        if getattr(extended, "schedule", None) is not None:
+            arguments = signature.bind(model, *args, **kwargs).arguments
+            _check_batch(extended, arguments.get("x"), arguments.get("batch_size"))
+        return original(model, *args, **kwargs)
+
+    return fit
+
+
+def _check_batch(extended: Any, x: Any, batch_size: int | None) -> None:
+    if isinstance(x, tf.data.Dataset):
+        shapes = [getattr(spec, "shape", None) for spec in tf.nest.flatten(x.element_spec)]
+        rows = next((shape[0] for shape in shapes if shape is not None and shape.rank), None)
+    elif all(hasattr(leaf, "shape") for leaf in tf.nest.flatten(x)):
+        # Arrays, in batches of Keras's own size where none is given.
+        rows = batch_size or 32
+    else:
+        return
+    count, ways = extended.options.num_microbatches, extended.mesh.batch_ways
+    if rows is not None and rows % (count * ways):
+        replicas = f" for each of {ways} replicas" if ways > 1 else ""
+        raise ValueError(
+            f"A batch of {rows} rows cannot be cut into num_microbatches={count} equal "
+            f"microbatches{replicas}. Take batches of a multiple of {count * ways} rows, or "
+            "another number of microbatches. (The last batch of an epoch may be smaller.)"
+        )
 
 
 def is_pipelined() -> bool:
@@ -80,6 +142,8 @@ def train_step(model: keras.Model, data: Any) -> dict[str, Any]:
     if model.trainable_weights:
         gradients, variables = pipeline.gradients(model.trainable_weights)
         optimizer.apply_gradients(zip(gradients, variables, strict=True))
+    else:
+        warnings.warn("The model does not have any trainable weights.", stacklevel=2)
     return logs()
 
 
@@ -109,8 +173,8 @@ def predict_step(model: keras.Model, data: Any) -> Any:
         The model's outputs; zeros on other stages than that of its last part.
     """
     x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
-    pipeline = Pipeline(model, lambda x: (None, model(x, training=False)), x, None)
-    return pipeline.outputs()
+    call = _call_of(model, training=False)
+    return _pipeline(model, lambda x: (None, call(x)), _of_any_length(x), None).outputs()
 
 
 def run_loss(
@@ -131,30 +195,56 @@ def run_loss(
         The pipeline, which has loss and gradients.
     """
     seed = None if optimizer is None else _seed_of(optimizer)
-    return Pipeline(model, lambda data: (loss(data), ()), data, seed)
+    return _pipeline(model, lambda data: (loss(data), ()), data, seed)
+
+
+def _pipeline(model: keras.Model, step: Step, data: Any, seed: Any) -> Pipeline:
+    # By it `warn_if_not_pipelined` knows.
+    current_program().strategy.extended.num_pipelines += 1
+    return Pipeline(model, step, data, seed)
 
 
 def _run(model: keras.Model, data: Any, training: bool, seed: Any) -> Pipeline:
     keeps = _needs_outputs(model)
+    call = _call_of(model, training)
 
     def step(data):
         x, y, sample_weight = data
-        y_pred = model(x, training=True) if training else model(x, training=False)
+        y_pred = call(x)
         loss = model._compute_loss(
             x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=training
         )
         return loss, y_pred if keeps else ()
 
-    return Pipeline(model, step, data, seed)
+    return _pipeline(model, step, _of_any_length(data), seed)
+
+
+def _call_of(model: keras.Model, training: bool) -> Callable:
+    return functools.partial(model, training=training) if model._call_has_training_arg else model
+
+
+def _of_any_length(data: Any) -> Any:
+    """Rows that microbatches may divide or not, as those of the last batch of an epoch."""
+    count = current_program().strategy.extended.options.num_microbatches
+    tensors = [x for x in tf.nest.flatten(data) if isinstance(x, tf.Tensor) and x.shape.rank]
+    if all(x.shape[0] is None or x.shape[0] % count == 0 for x in tensors):
+        return data
+
+    def any_length(x):
+        if not isinstance(x, tf.Tensor) or not x.shape.rank:
+            return x
+        return tf.compat.v1.placeholder_with_default(x, [None, *x.shape[1:]])
+
+    return tf.nest.map_structure(any_length, data)
 
 
 def _finish(model: keras.Model, pipeline: Pipeline, x, y, sample_weight) -> Callable[[], dict]:
     """Updates metrics; returns what reads them."""
     pipeline.update_loss_metrics()
     loss = pipeline.loss()
-    rows = next(leaf for leaf in tf.nest.flatten(x) if leaf is not None).shape[0]
     if pipeline.is_last:
-        model._loss_tracker.update_state(loss, sample_weight=rows)
+        first = next(leaf for leaf in tf.nest.flatten(x) if leaf is not None)
+        model._loss_tracker.update_state(loss, sample_weight=tf.shape(first)[0])
     y_pred = pipeline.outputs() if _needs_outputs(model) else None
     own = type(model).compute_metrics is not keras.Model.compute_metrics
     if own or (pipeline.is_last and y_pred is not None):

@@ -11,6 +11,9 @@ from llmos_tf.blocks import NotABlock
 from llmos_tf.program import ReplicaProgram
 from llmos_tf.sharding import SeedVariable
 
+# Ops of which the length of the result depends on values; `tf.boolean_mask` has the first.
+_SELECTING = ("Where", "Unique", "UniqueV2", "DynamicPartition")
+
 
 class Unit(NamedTuple):
     """A call of a layer, between whose first op and that of the next one the model may be cut.
@@ -75,7 +78,6 @@ class ModelTrace:
         self.microbatch = microbatch
         self.num_microbatches = num_microbatches
         self.units: list[Unit] = []
-        self.tape: tf.GradientTape | None = None
         # Numbers of this microbatch whose sums over the batch the step needs: (number, sum).
         self.totals: list[tuple[tf.Tensor, tf.Tensor]] = []
         # Metrics of losses, updated when all microbatches are there: (metric, loss, weight).
@@ -94,6 +96,11 @@ class ModelTrace:
     def writes(self) -> list[tuple[Any, tf.Tensor]]:
         """Variables and their new values."""
         return list(self._written.values())
+
+    @property
+    def selects(self) -> bool:
+        """Whether the step picks entries by their values: then rows may keep unequal numbers."""
+        return any(op.type in _SELECTING for op in self.graph.get_operations())
 
     # --- as the program's block -------------------------------------------------------------------
 
@@ -137,8 +144,6 @@ class ModelTrace:
             with self.graph.as_default(), tf.control_dependencies(None):
                 value = tf.compat.v1.placeholder(variable.dtype, shape)
             self._reads[key] = Read(kind, variable, unit, value)
-            if self.tape is not None and self._reads[key].is_differentiated:
-                self.tape.watch(value)
         return self._reads[key].value
 
     def written(self, variable: Any) -> tf.Tensor | None:
@@ -192,16 +197,27 @@ class ModelTrace:
         if self._in_unit or tf.compat.v1.get_default_graph() is not self.graph:
             yield
         elif isinstance(layer, keras.Model):
+            begin, before = self.graph.version, len(self.units)
             self._models.append(layer.name)
             yield
             self._models.pop()
+            if self._models and len(self.units) == before:
+                # A model inside that is one block, as where it is rematerialised.
+                self._add_unit(layer, begin)
         else:
-            begin = self.graph.version
-            has_weights = bool(layer.weights)
-            self.units.append(Unit(layer.name, tuple(self._models), begin, has_weights))
+            self._add_unit(layer, self.graph.version)
             self._in_unit = True
             yield
             self._in_unit = False
+
+    @property
+    def is_outermost(self) -> bool:
+        """Whether the model is being called of which the parts are cut, and no layer in it."""
+        return len(self._models) == 1 and not self._in_unit
+
+    def _add_unit(self, layer: keras.layers.Layer, begin: int) -> None:
+        models = tuple(self._models)
+        self.units.append(Unit(layer.name, models, begin, bool(layer.weights)))
 
 
 def trace_program(

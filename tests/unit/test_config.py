@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmos_tf import config as config_module
-from llmos_tf.config import GPTConfig, LlamaConfig, ModelConfig
+from llmos_tf.config import GPTConfig, LlamaConfig, MixtralConfig, ModelConfig
 
 GPT = GPTConfig(vocab_size=11, max_positions=6, hidden_size=8, num_heads=2, num_layers=3)
 LLAMA = LlamaConfig(
@@ -24,6 +24,12 @@ LLAMA = LlamaConfig(
     num_kv_heads=2,
     num_layers=3,
     feed_forward_size=10,
+)
+
+MIXTRAL = MixtralConfig(
+    **{k: v for k, v in LLAMA.to_dict().items() if k != "architecture"},
+    num_experts=4,
+    num_experts_per_token=2,
 )
 
 small = st.integers(1, 9)
@@ -67,13 +73,31 @@ def llama_configs(draw) -> LlamaConfig:
     )
 
 
-configs = gpt_configs() | llama_configs()
+@st.composite
+def mixtral_configs(draw) -> MixtralConfig:
+    fields_of_llama = draw(llama_configs()).to_dict()
+    del fields_of_llama["architecture"]
+    per_token = draw(small)
+    return MixtralConfig(
+        **fields_of_llama,
+        num_experts=per_token + draw(st.integers(0, 5)),
+        num_experts_per_token=per_token,
+        capacity_factor=draw(st.none() | positive),
+        load_balance_weight=draw(st.just(0.0) | positive),
+        router_z_weight=draw(st.just(0.0) | positive),
+    )
+
+
+configs = gpt_configs() | llama_configs() | mixtral_configs()
 # A busy machine is not a bug: no deadline.
 relaxed = settings(deadline=None)
 
 
-def weight_shapes(config: ModelConfig) -> list[tuple[int, ...]]:
-    """The weights written out one by one: the count's other derivation."""
+def weight_shapes(config: ModelConfig, num_experts: int | None = None) -> list[tuple[int, ...]]:
+    """The weights written out one by one: the count's other derivation.
+
+    Of a mixture all experts, or the first `num_experts`.
+    """
     h = config.hidden_size
     f = config.feed_forward_size
     if isinstance(config, GPTConfig):
@@ -90,7 +114,11 @@ def weight_shapes(config: ModelConfig) -> list[tuple[int, ...]]:
         shapes.append((h, config.vocab_size))
     for _ in range(config.num_layers):
         shapes += [(h,), (h, queries), (h, keys), (h, keys), (queries, h)]
-        shapes += [(h,), (h, f), (h, f), (f, h)]
+        shapes.append((h,))
+        if isinstance(config, MixtralConfig):
+            shapes.append((h, config.num_experts))
+        for _ in range(num_experts or getattr(config, "num_experts", 1)):
+            shapes += [(h, f), (h, f), (f, h)]
     return shapes
 
 
@@ -112,14 +140,23 @@ def test_count_is_the_sum_of_the_weights(config):
 @relaxed
 @given(configs)
 def test_matmul_parameters_are_the_kernels(config):
-    # Fails when an embedding look-up or a bias is counted as a product, or the output projection
-    # is left out because it is tied.
-    kernels = [shape for shape in weight_shapes(config) if len(shape) == 2]
+    # Fails when an embedding look-up or a bias is counted as a product, the output projection is
+    # left out because it is tied, or experts that a token is not sent to are counted.
+    active = getattr(config, "num_experts_per_token", None)
+    kernels = [shape for shape in weight_shapes(config, active) if len(shape) == 2]
     lookups = config.vocab_size if not getattr(config, "tie_embeddings", True) else 0
     if isinstance(config, GPTConfig):
         lookups += config.max_positions
     expected = sum(size(shape) for shape in kernels) - lookups * config.hidden_size
     assert config.num_matmul_parameters() == expected
+
+
+@relaxed
+@given(mixtral_configs())
+def test_active_parameters_are_what_a_token_meets(config):
+    # Fails when a router is forgotten, or idle experts are counted as active.
+    active = weight_shapes(config, config.num_experts_per_token)
+    assert config.num_active_parameters() == sum(size(shape) for shape in active)
 
 
 @relaxed
@@ -171,7 +208,7 @@ def test_defaults_are_resolved():
     assert (plain.num_kv_heads, plain.head_dim) == (4, 2)
 
 
-@pytest.mark.parametrize("config", [GPT, LLAMA], ids=["gpt", "llama"])
+@pytest.mark.parametrize("config", [GPT, LLAMA, MIXTRAL], ids=["gpt", "llama", "mixtral"])
 def test_frozen_and_keyword_only(config):
     # Fails when a configuration can change after its checks, or takes sizes by position, where a
     # swap of two integers goes unseen.
@@ -201,6 +238,12 @@ BAD_VALUES = [
     (LLAMA, "rms_norm_epsilon", 0),
     (LLAMA, "tie_embeddings", 1),
     (LLAMA, "activation", "relu"),
+    *[(MIXTRAL, "num_experts", bad) for bad in (0, 2.0, 1)],
+    *[(MIXTRAL, "num_experts_per_token", bad) for bad in (0, 5, True)],
+    *[(MIXTRAL, "capacity_factor", bad) for bad in (0, -1.0, "1", float("inf"))],
+    *[(MIXTRAL, "load_balance_weight", bad) for bad in (-0.1, None, float("nan"))],
+    (MIXTRAL, "router_z_weight", -1),
+    (MIXTRAL, "num_kv_heads", 3),
 ]
 
 
@@ -222,10 +265,11 @@ def test_heads_that_do_not_divide_the_hidden_size():
 @pytest.mark.parametrize(
     ("cls", "change", "message"),
     [
-        (ModelConfig, {"architecture": "rnn"}, "gpt, llama. Received: architecture='rnn'"),
+        (ModelConfig, {"architecture": "rnn"}, "gpt, llama, mixtral. Received: architecture='rnn'"),
         (ModelConfig, {"architecture": None}, "Received: architecture=None"),
         (ModelConfig, {"architecture": ["gpt"]}, r"Received: architecture=\['gpt'\]"),
         (LlamaConfig, {}, "LlamaConfig reads the architectures llama. .*'gpt'"),
+        (LlamaConfig, {"architecture": "mixtral"}, "Received: architecture='mixtral'"),
         (GPTConfig, {"num_head": 2}, "Received also: 'num_head'"),
         (GPTConfig, {"rope_theta": 1e4}, "Received also: 'rope_theta'"),
     ],
@@ -248,7 +292,7 @@ def test_dictionary_that_is_not_complete():
 
 def test_every_field_is_documented():
     # Fails when a field is added and its meaning is not written down.
-    for cls in (GPTConfig, LlamaConfig):
+    for cls in (GPTConfig, LlamaConfig, MixtralConfig):
         for field in fields(cls):
             assert f"\n    {field.name}: " in inspect.getdoc(cls)
 

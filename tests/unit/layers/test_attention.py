@@ -1,11 +1,13 @@
 """Attention against a plain formula on one device. Parallel: `test_parallel.py`; with a cache:
 the tests of `llmos_tf.inference`."""
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
 from llmos_tf.layers import SelfAttention, rotate
+from llmos_tf.layers import attention as attention_module
 
 ROWS, LENGTH, WIDTH, HEADS, SIZE = 2, 6, 10, 4, 6
 
@@ -74,3 +76,23 @@ def test_a_token_does_not_see_later_ones(float64):
     before, after = layer(tf.constant(x)).numpy(), layer(tf.constant(changed)).numpy()
     assert (before[:, :4] == after[:, :4]).all()
     assert (before[:, 4:] != after[:, 4:]).any()
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_long_rows_are_attended_to_by_blocks(float64, monkeypatch, dropout):
+    """Fails if a row of as many positions as a block, or more, keeps all its scores, has another
+    result than by one matrix, or weights that are not dropped in training alone."""
+    layer = attention(2, False, 50.0)
+    layer.weight_dropout.rate = dropout
+    if dropout:
+        layer.weight_dropout.seed_generator = keras.random.SeedGenerator(0)
+    x = tf.constant(np.random.default_rng(1).normal(size=(ROWS, LENGTH, WIDTH)))
+    documents = tf.constant(np.repeat([[0, 1], [3, 2]], LENGTH // 2, axis=1))
+    plain = layer(x, segment_ids=documents)
+    monkeypatch.setattr(attention_module, "BLOCK", LENGTH)
+    by_blocks = tf.function(layer, autograph=False)
+    np.testing.assert_allclose(by_blocks(x, segment_ids=documents), plain, atol=1e-11)
+    in_training = by_blocks(x, training=True, segment_ids=documents)
+    assert (np.abs(in_training - plain).max() > 0.1) == bool(dropout)
+    traced = by_blocks.get_concrete_function(x, segment_ids=documents)
+    assert "Softmax" not in {op.type for op in traced.graph.get_operations()}

@@ -42,8 +42,8 @@ LAYOUTS = {
     "down/kernel": ("tensor", None),
     "attention/query_key_value/kernel": (None, None, "tensor", None),
     "attention/query_key_value/bias": (None, "tensor", None),
-    "(grouped_)?attention/output/kernel": ("tensor", None, None),
-    "grouped_attention/query/kernel": (None, "tensor", None),
+    "(grouped_|shared_)?attention/output/kernel": ("tensor", None, None),
+    "(grouped|shared)_attention/query/kernel": (None, "tensor", None),
     "feed_forward/up/kernel": (None, "tensor"),
     "feed_forward/up/bias": ("tensor",),
     "gated_feed_forward/up/kernel": (None, None, "tensor"),
@@ -82,6 +82,10 @@ def make_cases():
             use_bias=False,
             rope_theta=100.0,
             name="grouped_attention",
+        ),
+        # Of three key-value heads a rank's query heads need two, or one.
+        "shared_attention": SelfAttention(
+            WIDTH, 12, num_kv_heads=3, head_dim=2, use_bias=False, name="shared_attention"
         ),
         # Not in the table: whole on every rank, also where positions are split around it.
         "whole_attention": SelfAttention(WIDTH, HEADS, head_dim=6, name="whole_attention"),

@@ -5,7 +5,7 @@ import doctest
 import pytest
 
 from llmos_tf import models
-from llmos_tf.config import GPTConfig, LlamaConfig, ModelConfig
+from llmos_tf.config import GPTConfig, LlamaConfig, MixtralConfig, ModelConfig
 from llmos_tf.models import presets
 from llmos_tf.models.presets import PRESETS, get_preset
 
@@ -19,10 +19,12 @@ EXACT = {
     "llama3_8b": 8_030_261_248,
     "llama3_70b": 70_553_706_496,
     "llama3_405b": 405_853_388_800,
+    "mixtral_8x7b": 46_702_792_704,
     # Ours, stated in presets.py and read by the benchmarks.
     "gpt_tiny": 842_496,
     "gpt_mini": 5_289_472,
     "llama_tiny": 803_968,
+    "moe_tiny": 2_430_080,
 }
 
 
@@ -40,6 +42,8 @@ def test_counts_published_in_billions():
     lamda = get_preset("lamda_137b")
     embeddings = 2 * lamda.vocab_size * lamda.hidden_size
     assert round((lamda.num_parameters() - embeddings) / 1e9) == 137
+    # Mixtral: "47B parameters, but only uses 13B active parameters during inference".
+    assert round(get_preset("mixtral_8x7b").num_active_parameters() / 1e9) == 13
 
 
 def test_every_preset_is_a_configuration_and_pinned():
@@ -55,7 +59,7 @@ def test_shapes_that_others_rely_on():
     mini = get_preset("gpt_mini")
     assert (mini.vocab_size, mini.hidden_size, mini.num_heads, mini.num_layers) == (8192, 256, 8, 4)
     assert mini.max_positions == 128
-    for name in ("gpt_tiny", "gpt_mini", "llama_tiny"):
+    for name in ("gpt_tiny", "gpt_mini", "llama_tiny", "moe_tiny"):
         config = get_preset(name)
         for size in (config.hidden_size, config.num_heads, config.vocab_size):
             assert size % 8 == 0
@@ -66,6 +70,10 @@ def test_shapes_that_others_rely_on():
     assert llama.num_heads > llama.num_kv_heads > 1
     assert isinstance(get_preset("gpt_tiny"), GPTConfig)
     assert isinstance(llama, LlamaConfig)
+    moe = get_preset("moe_tiny")
+    assert isinstance(moe, MixtralConfig)
+    assert moe.num_experts % 8 == 0
+    assert moe.num_active_parameters() == 808_064
 
 
 def test_lamda_heads_are_wider_than_its_hidden_size():
@@ -105,7 +113,15 @@ def test_presets_cannot_be_changed():
 def test_public_names():
     # Fails when a name leaves the package, or an unknown one is not an AttributeError.
     assert models.get_preset is get_preset
-    assert {"GPT", "Llama", "GPTConfig", "LlamaConfig", "PRESETS"} <= set(dir(models))
+    assert {
+        "GPT",
+        "Llama",
+        "Mixtral",
+        "GPTConfig",
+        "LlamaConfig",
+        "MixtralConfig",
+        "PRESETS",
+    } <= set(dir(models))
     with pytest.raises(AttributeError, match="no attribute 'Bert'"):
         _ = models.Bert
 

@@ -18,7 +18,7 @@ def report_steps(workdir, first_step, numbers):
         peak_flops=1e6,
     ) as report:
         for step in numbers:
-            report.step(step, loss=10.0 - step, learning_rate=0.1 * step)
+            report.step(step, loss=10.0 - step, learning_rate=0.1 * step, load=0.5)
 
 
 def scalars(workdir):
@@ -40,6 +40,7 @@ def test_a_line_for_each_step(tmp_path, capsys):
     assert [row["step"] for row in rows] == [1, 2]
     assert [row["loss"] for row in rows] == [9.0, 8.0]
     assert [row["learning_rate"] for row in rows] == [0.1, 0.2]
+    assert [row["load"] for row in rows] == [0.5, 0.5]
     for row in rows:
         assert row["tokens_per_second"] == pytest.approx(100 / row["seconds"])
         assert row["mfu"] == pytest.approx(row["tokens_per_second"] * 50.0 / 1e6)
@@ -51,12 +52,13 @@ def test_scalars_for_tensorboard(tmp_path):
     traces."""
     report_steps(tmp_path, 0, [1, 2])
     found = scalars(tmp_path)
-    assert {tag for tag, step in found if step == 1} == {"loss", "learning_rate"}
+    assert {tag for tag, step in found if step == 1} == {"loss", "learning_rate", "load"}
     assert {tag for tag, step in found if step == 2} == {
         "loss",
         "learning_rate",
         "tokens_per_second",
         "mfu",
+        "load",
     }
     assert found["loss", 2] == 8.0
 

@@ -1,0 +1,78 @@
+"""A rank's rows, cut into microbatches."""
+
+from collections.abc import Sequence
+
+import tensorflow as tf
+
+from llmos_tf.program import ReplicaProgram
+
+
+class Microbatches:
+    """Cuts rows into equal parts, or into parts that differ by one row.
+
+    Microbatch i of n rows in m parts has the rows from i·n/m to (i+1)·n/m. One that has none is
+    lent a row of another, as the engine lends a rank one, and has 0 rows of its own.
+
+    Args:
+        program: of the stage.
+        flat: tensors whose first dimension is rows; scalars go to all microbatches as they are.
+        count: m.
+
+    Raises:
+        ValueError: the microbatches do not divide rows whose number is known.
+    """
+
+    def __init__(self, program: ReplicaProgram, flat: Sequence[tf.Tensor], count: int):
+        self.count = count
+        self._program = program
+        self._rows = next((x for x in flat if x.shape.rank), None)
+        # Whether microbatches may differ in rows.
+        self.are_uneven = self._rows is not None and self._rows.shape[0] is None
+        if self._rows is not None and not self.are_uneven and self._rows.shape[0] % count:
+            raise ValueError(
+                f"num_microbatches={count} does not divide the {self._rows.shape[0]} rows that "
+                f"each replica has of a batch. Take a global batch that is a multiple of {count} "
+                f"times the {program.mesh.batch_ways} replica(s), or another number of "
+                "microbatches."
+            )
+        self._flat = [self._prepared(x) for x in flat]
+
+    def _prepared(self, x: tf.Tensor) -> tf.Tensor:
+        if not x.shape.rank or self.are_uneven:
+            return x
+        rows = x.shape[0] // self.count
+        lengths = [length or tf.shape(x)[dim] for dim, length in enumerate(x.shape) if dim]
+        return tf.ensure_shape(
+            tf.reshape(x, [self.count, rows, *lengths]), [self.count, rows, *x.shape[1:]]
+        )
+
+    def at(self, number: int | tf.Tensor) -> tuple[list[tf.Tensor], tf.Tensor]:
+        """Returns a microbatch.
+
+        Args:
+            number: from 0, int32 scalar.
+
+        Returns:
+            Its tensors, of at least one row, and its number of own rows, int32 scalar.
+        """
+        if not self.are_uneven:
+            rows = 1 if self._rows is None else self._rows.shape[0] // self.count
+            values = [x[number] if x.shape.rank else x for x in self._flat]
+            return values, self._counted(tf.constant(rows))
+        length = tf.shape(self._rows)[0]
+        begin, end = number * length // self.count, (number + 1) * length // self.count
+        first = tf.minimum(begin, length - 1)
+        last = tf.maximum(end, first + 1)
+        values = [x[first:last] if x.shape.rank else x for x in self._flat]
+        return values, self._counted(end - begin)
+
+    def num_rows(self) -> tf.Tensor:
+        """Returns the number of own rows in all microbatches, int32 scalar."""
+        if self._rows is None:
+            return self._counted(tf.constant(self.count))
+        return self._counted(tf.shape(self._rows)[0])
+
+    def _counted(self, rows: tf.Tensor) -> tf.Tensor:
+        """None of them on a rank whose rows are lent."""
+        own = self._program.rows
+        return rows if own is None else tf.where(own > 0, rows, 0)
