@@ -39,9 +39,7 @@ class StageRun:
         seed: gradient of what is minimized by the loss, or None for the forward pass alone.
         name: of this run on its device, unlike that of any other.
 
-    Raises:
-        ValueError: the schedule does not take the microbatches in turn.
-    """  # noqa: DOC502
+    """
 
     def __init__(
         self,
@@ -268,7 +266,7 @@ def _check_in_turn(order: Sequence[Op]) -> None:
         expected = following.get((op.kind, op.chunk), 0)
         if op.microbatch != expected:
             raise ValueError(
-                f"A pipeline takes microbatches in turn. Received: a schedule in which {op.kind} of "
-                f"chunk {op.chunk} comes to microbatch {op.microbatch} before {expected}."
+                f"A pipeline takes microbatches in turn. Received: a schedule in which {op.kind} "
+                f"of chunk {op.chunk} comes to microbatch {op.microbatch} before {expected}."
             )
         following[op.kind, op.chunk] = expected + 1

@@ -145,8 +145,8 @@ class Division:
             sources = [m.received for m in part.inputs if m.received.dtype.is_floating]
             reads = [read for read in part.reads if read.is_differentiated]
             known = [read.value for read in reads]
-            # Not by a tape: of two inputs one may depend on the other, in the part before. What goes
-            # that way is added there.
+            # Not by a tape: of two inputs one may depend on the other, in the part before. What
+            # goes that way is added there.
             gradients = tf.gradients(
                 targets, [*sources, *known], grad_ys=upstream, stop_gradients=sources
             )
