@@ -232,9 +232,16 @@ class StageRun:
 
     def store_writes(self) -> None:
         """Stores what the step has written into variables."""
-        for part in self.parts.values():
+        for part in self._step.parts:
             for variable, value in part.writes:
-                variable.store(self._program, self.sums[value.ref()])
+                mine = self.sums.get(value.ref())
+                if variable.layout.stages is None:
+                    # Every stage has it, and one of them has written it.
+                    zeros = tf.zeros(variable.shape_of("full"), variable.dtype)
+                    mine = zeros if mine is None else mine
+                    mine = collectives.all_reduce(mine, "pipe")
+                if mine is not None and variable.layout.is_on(self._program.stage):
+                    variable.store(self._program, mine)
 
     # --- queues -----------------------------------------------------------------------------------
 

@@ -83,11 +83,17 @@ def place_model(extended: Any, model: keras.Model, inputs: Any) -> None:
     for read in trace.reads:
         stage = extended.schedule.stage_of_part(part_of_unit(begins, read.unit))
         users.setdefault(id(read.variable), set()).add(stage)
+    # What is not read in inference, such as what a layer counts, is where its layer is.
+    owners: dict[int, set[int]] = {}
+    for index, unit in enumerate(trace.units):
+        stage = extended.schedule.stage_of_part(part_of_unit(begins, index + 1))
+        for variable in unit.weights:
+            owners.setdefault(id(variable), set()).add(stage)
     for variable in model.variables:
         stored = getattr(variable, "_value", variable)
         if isinstance(stored, ShardedVariable) and stored.waits:
-            # What no layer reads is on all stages.
-            stored.place(tuple(sorted(users.get(id(stored), ()))) or None)
+            stages = users.get(id(stored)) or owners.get(id(stored), ())
+            stored.place(tuple(sorted(stages)) or None)
     extended.waiting = [variable for variable in extended.waiting if variable.waits]
     setattr(model, _ATTRIBUTE, Placement(units=tuple(u.name for u in trace.units), begins=begins))
 

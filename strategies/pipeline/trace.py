@@ -22,13 +22,18 @@ class Unit(NamedTuple):
         name: of the layer.
         models: names of the models around it, outermost first.
         begin: number of ops of the graph before it.
-        has_weights: whether the layer has some.
+        weights: of the layer, as variables of the mesh.
     """
 
     name: str
     models: tuple[str, ...]
     begin: int
-    has_weights: bool
+    weights: tuple[Any, ...] = ()
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether the layer has some."""
+        return bool(self.weights)
 
 
 class Read(NamedTuple):
@@ -217,7 +222,8 @@ class ModelTrace:
 
     def _add_unit(self, layer: keras.layers.Layer, begin: int) -> None:
         models = tuple(self._models)
-        self.units.append(Unit(layer.name, models, begin, bool(layer.weights)))
+        weights = tuple(getattr(v, "_value", v) for v in layer.variables)
+        self.units.append(Unit(layer.name, models, begin, weights))
 
 
 def trace_program(
