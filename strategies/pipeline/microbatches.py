@@ -66,11 +66,30 @@ class Microbatches:
         values = [x[first:last] if x.shape.rank else x for x in self._flat]
         return values, self._counted(end - begin)
 
+    def without_lent(self, number: int, x: tf.Tensor) -> tf.Tensor:
+        """Returns a result of a microbatch, or nothing of it where the microbatch has no row.
+
+        Args:
+            number: of the microbatch.
+            x: its first dimension counts rows where its length is not static.
+
+        Returns:
+            What all microbatches have of it are the results of the rank's rows; a row that is lent
+            to the rank is one of them.
+        """
+        if not self.are_uneven or not x.shape.rank or x.shape[0] is not None:
+            return x
+        length = tf.shape(self._rows)[0]
+        has_rows = (number + 1) * length // self.count > number * length // self.count
+        return x[: tf.where(has_rows, tf.shape(x)[0], 0)]
+
     def num_rows(self) -> tf.Tensor:
         """Returns the number of own rows in all microbatches, int32 scalar."""
-        if self._rows is None:
-            return self._counted(tf.constant(self.count))
-        return self._counted(tf.shape(self._rows)[0])
+        return self._counted(self.length())
+
+    def length(self) -> tf.Tensor:
+        """Returns the number of rows in all microbatches, lent to the rank or not, int32 scalar."""
+        return tf.constant(self.count) if self._rows is None else tf.shape(self._rows)[0]
 
     def _counted(self, rows: tf.Tensor) -> tf.Tensor:
         """None of them on a rank whose rows are lent."""

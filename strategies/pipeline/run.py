@@ -189,10 +189,11 @@ class Pipeline:
         if not isinstance(x, tf.Tensor):
             return x
         if self.is_last:
-            return _joined(self._run.all_of(x))
+            values = enumerate(self._run.all_of(x))
+            return _joined([self._microbatches.without_lent(i, value) for i, value in values])
         shape = [1 if length is None else length for length in x.shape]
         if shape:
-            shape[0] = self._microbatches.num_rows()
+            shape[0] = self._microbatches.length()
             if x.shape[0] is not None:
                 shape[0] = x.shape[0] * self._microbatches.count
         return tf.zeros(tf.stack(shape), x.dtype)
