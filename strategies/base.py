@@ -34,6 +34,7 @@ from llmos_tf.strategies.keras_hooks import hook_compile, replica_hooks
 from llmos_tf.strategies.keras_hub_layouts import hook_keras_hub
 from llmos_tf.strategies.keras_paths import hook_variable_paths
 from llmos_tf.strategies.options import MeshOptions
+from llmos_tf.strategies.pipeline.placement import place_before_a_step
 from llmos_tf.strategies.pipeline.steps import hook_steps, place_model_of, warn_if_not_pipelined
 
 
@@ -171,6 +172,18 @@ class MeshExtended(_internal.MirroredExtended):
         if self.schedule is not None:
             warn_if_not_pipelined(self, fn, *before)
         return results
+
+    def place(self, model: Any) -> None:
+        """Decides which stage of a pipeline holds which weights of a model, if no step has yet.
+
+        Args:
+            model: a built Keras model.
+
+        Raises:
+            ValueError: the inputs of the model are not known, or it cannot be cut.
+        """  # noqa: DOC502
+        if self.schedule is not None:
+            place_before_a_step(self, model)
 
     def replica_hooks(self) -> AbstractContextManager:
         """Returns the context that is entered while a program is traced."""

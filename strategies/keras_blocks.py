@@ -60,8 +60,10 @@ def compiled_call(original: Any) -> Any:
         if getattr(layer, _MARK, False) and not program.compiles_blocks:
             return _compiling_model(call, layer, args, kwargs)
         in_compiled = program.block is not None and program.block.compiled
-        # A pipeline is cut between the layers of a model.
-        is_cut = program.trace is not None and isinstance(layer, keras.Model)
+        # A pipeline is cut between the layers of a model; and where it is differentiated, a
+        # compiled lookup would have a dense gradient.
+        whole = (keras.Model, keras.layers.Embedding)
+        is_cut = program.trace is not None and isinstance(layer, whole)
         if not program.compiles_blocks or in_compiled or is_cut or not _has_tensors(args, kwargs):
             return original(layer, *args, **kwargs)
         return _compiled(MethodType(original, layer), args, kwargs)

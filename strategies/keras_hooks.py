@@ -210,8 +210,10 @@ def _added_losses(original: Any) -> Any:
 
 def _regularization_losses(original: Any) -> Any:
     def _get_regularization_losses(layer):
-        if current_program().trace is not None:
+        trace = current_program().trace
+        if trace is not None:
             # Each stage adds those of the weights that it holds.
+            trace.regularizes = True
             return []
         return [batch.same(loss) for loss in original(layer)]
 

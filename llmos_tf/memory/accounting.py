@@ -29,7 +29,8 @@ def report(
         `other` (statistics of layers, states of random generators, metrics).
 
     Raises:
-        ValueError: the model has no weights yet.
+        ValueError: the model has no weights yet, or is to be a pipeline and its inputs are not
+            known, so that its weights have no place yet.
 
     Example:
         >>> with ZeroStrategy(stage=3).scope():
@@ -42,6 +43,9 @@ def report(
             f"The model {model.name!r} has no weights yet, so there is nothing to count. Build it "
             "first: give its input shape, or call it on a batch."
         )
+    place = getattr(model.distribute_strategy.extended, "place", None)
+    if place is not None:
+        place(model)
     optimizer = getattr(model, "optimizer", None) if optimizer is None else optimizer
     # A variable's parts are in rank order, and every rank holds a part of every variable.
     rows: dict[str, dict[str, Any]] = {}

@@ -136,16 +136,17 @@ class ShardedVariable(_internal.MirroredVariable):
     def _from_its_stage(self) -> tf.Tensor:
         """The part, in a program that every stage runs alike: sent by the first that holds it."""
         stage, layout = current_program().stage, self.layout
+        shape = self.shape_of("part")
 
+        @tf.custom_gradient
         def sent(part):
-            return collectives.all_reduce(
-                part if stage == layout.stages[0] else tf.zeros_like(part), "pipe"
+            mine = part if stage == layout.stages[0] else tf.zeros(shape, self.dtype)
+            # Every stage computes the same of it, so whoever holds it has all of its gradient.
+            return collectives.all_reduce(mine, "pipe"), (
+                lambda dy: dy if layout.is_on(stage) else tf.zeros_like(part)
             )
 
-        if not layout.is_on(stage):
-            return sent(tf.zeros(self.shape_of("part"), self.dtype))
-        # Every stage computes the same of it, so whoever holds it has all of its gradient.
-        return tf.custom_gradient(lambda part: (sent(part), lambda dy: dy))(self.component.value())
+        return sent(self.component.value())
 
     def slice(self, for_lookups: bool = False) -> tf.Tensor:
         """Returns what the calling rank computes with, inside a program: no flat cuts.

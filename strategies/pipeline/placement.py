@@ -1,6 +1,7 @@
 """Which stage has which part of a model, and with it which weights."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,11 +72,13 @@ def place_model(extended: Any, model: keras.Model, inputs: Any) -> None:
         inputs: nested tensors or specs as the model takes them; the first dimension is rows.
 
     Raises:
-        ValueError: the model cannot be cut into as many parts.
+        ValueError: the model cannot be cut into as many parts, or has a layer that needs the whole
+            batch.
     """  # noqa: DOC502
     if getattr(model, _ATTRIBUTE, None) is not None:
         return
     _check_blocks(model, extended.schedule)
+    _check_normalization(model, extended.options.num_microbatches)
     trace, free = _trace_one_row(extended, model, inputs)
     costs = count_costs(trace.graph, trace.units, free)
     begins = cut_by_cost(trace.units, costs, extended.schedule, extended.options.stage_of)
@@ -96,6 +99,46 @@ def place_model(extended: Any, model: keras.Model, inputs: Any) -> None:
             stored.place(tuple(sorted(stages)) or None)
     extended.waiting = [variable for variable in extended.waiting if variable.waits]
     setattr(model, _ATTRIBUTE, Placement(units=tuple(u.name for u in trace.units), begins=begins))
+
+
+def place_before_a_step(extended: Any, model: keras.Model) -> None:
+    """Places a model by the inputs that it was built for, where no step has done it yet.
+
+    Args:
+        extended: the strategy's `MeshExtended`.
+        model: a built model.
+
+    Raises:
+        ValueError: its inputs are not known.
+    """
+    if getattr(model, _ATTRIBUTE, None) is not None:
+        return
+    positions = getattr(getattr(model, "config", None), "max_positions", None)
+    if getattr(model, "inputs", None):
+        # Of a `Sequential`, the only one.
+        inputs = tf.nest.map_structure(_spec, getattr(model, "_inputs_struct", model.inputs[0]))
+    elif isinstance(positions, int):
+        inputs = tf.TensorSpec([None, positions], tf.int32)
+    else:
+        raise ValueError(
+            f"Where the weights of the model {model.name!r} lie is not known yet: a pipeline is "
+            "cut by its first step, or by its inputs if they are declared. Run a step first, such "
+            "as model.predict on a batch, or begin the model with keras.Input."
+        )
+    place_model(extended, model, inputs)
+
+
+def call_of(model: keras.Model, training: bool) -> Callable:
+    """Returns how a model is called.
+
+    Args:
+        model: a model.
+        training: whether to call it as in training; not every model cares.
+
+    Returns:
+        A function of its inputs.
+    """
+    return functools.partial(model, training=training) if model._call_has_training_arg else model
 
 
 def place_everywhere(extended: Any) -> None:
@@ -120,6 +163,19 @@ def _check_blocks(model: keras.Model, schedule: Any) -> None:
         )
 
 
+def _check_normalization(model: keras.Model, num_microbatches: int) -> None:
+    """Checks that no layer has to see the whole batch at once."""
+    for layer in model._flatten_layers():
+        synchronized = isinstance(layer, keras.layers.BatchNormalization) and layer.synchronized
+        if synchronized and num_microbatches > 1:
+            raise ValueError(
+                f"BatchNormalization(synchronized=True) normalizes by the whole batch, and a "
+                f"pipeline has one of num_microbatches={num_microbatches} at a time. Received: the "
+                f"layer {layer.name!r}. Leave out synchronized=True, which normalizes each "
+                "microbatch by itself, or use a layer such as LayerNormalization."
+            )
+
+
 def _trace_one_row(extended: Any, model: keras.Model, inputs: Any) -> tuple[ModelTrace, set[str]]:
     """Traces the forward pass of one row, in which all lengths are known."""
     specs = tf.nest.map_structure(_one_row, inputs)
@@ -128,7 +184,7 @@ def _trace_one_row(extended: Any, model: keras.Model, inputs: Any) -> tuple[Mode
     def body(coordinate, token, microbatch, values):
         trace = ModelTrace(microbatch, extended.options.num_microbatches)
         with trace_program(extended, trace, coordinate, token), extended.replica_hooks():
-            model(values, training=False)
+            call_of(model, training=False)(values)
         known = [coordinate, microbatch, *tf.nest.flatten(values)]
         known += [read.value for read in trace.reads if read.is_seed]
         made.append((trace, free_ops(trace.graph, known)))
@@ -140,6 +196,10 @@ def _trace_one_row(extended: Any, model: keras.Model, inputs: Any) -> tuple[Mode
             coordinate, tf.TensorSpec([], tf.resource), scalar, specs
         )
     return made[0]
+
+
+def _spec(x: keras.KerasTensor) -> tf.TensorSpec:
+    return tf.TensorSpec(x.shape, x.dtype)
 
 
 def _one_row(x: Any) -> Any:

@@ -160,10 +160,12 @@ class Pipeline:
         return values
 
     def _regularization(self) -> tf.Tensor:
-        """The regularizers of the weights whose first stage this is."""
+        """The regularizers of the weights whose first stage this is, if the step adds them."""
         terms = [tf.zeros([], keras.config.floatx())]
         if self._step.loss is not None:
             terms = [tf.zeros([], self._step.loss.dtype)]
+        if not self._step.trace.regularizes:
+            return terms[0]
         for variable in self._model.trainable_variables:
             layout = _stored(variable).layout
             first = 0 if layout.stages is None else layout.stages[0]

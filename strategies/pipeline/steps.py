@@ -16,7 +16,7 @@ import tensorflow as tf
 
 from llmos_tf import _internal
 from llmos_tf.program import current_program
-from llmos_tf.strategies.pipeline.placement import place_everywhere, place_model
+from llmos_tf.strategies.pipeline.placement import call_of, place_everywhere, place_model
 from llmos_tf.strategies.pipeline.run import Pipeline
 from llmos_tf.strategies.pipeline.step_trace import Step
 
@@ -173,7 +173,7 @@ def predict_step(model: keras.Model, data: Any) -> Any:
         The model's outputs; zeros on other stages than that of its last part.
     """
     x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
-    call = _call_of(model, training=False)
+    call = call_of(model, training=False)
     return _pipeline(model, lambda x: (None, call(x)), _of_any_length(x), None).outputs()
 
 
@@ -206,7 +206,7 @@ def _pipeline(model: keras.Model, step: Step, data: Any, seed: Any) -> Pipeline:
 
 def _run(model: keras.Model, data: Any, training: bool, seed: Any) -> Pipeline:
     keeps = _needs_outputs(model)
-    call = _call_of(model, training)
+    call = call_of(model, training)
 
     def step(data):
         x, y, sample_weight = data
@@ -214,13 +214,22 @@ def _run(model: keras.Model, data: Any, training: bool, seed: Any) -> Pipeline:
         loss = model._compute_loss(
             x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=training
         )
-        return loss, y_pred if keeps else ()
+        return loss, (y_pred, _masks_of(y_pred)) if keeps else ()
 
     return _pipeline(model, step, _of_any_length(data), seed)
 
 
-def _call_of(model: keras.Model, training: bool) -> Callable:
-    return functools.partial(model, training=training) if model._call_has_training_arg else model
+def _masks_of(y_pred: Any) -> list[tf.Tensor | None]:
+    """The masks that Keras keeps as attributes of tensors, for losses and metrics."""
+    return [getattr(x, "_keras_mask", None) for x in tf.nest.flatten(y_pred)]
+
+
+def _masked(y_pred: Any, masks: list[tf.Tensor | None]) -> Any:
+    """Outputs of all microbatches with their masks."""
+    for x, mask in zip(tf.nest.flatten(y_pred), masks, strict=True):
+        if mask is not None:
+            x._keras_mask = mask
+    return y_pred
 
 
 def _of_any_length(data: Any) -> Any:
@@ -245,7 +254,7 @@ def _finish(model: keras.Model, pipeline: Pipeline, x, y, sample_weight) -> Call
     if pipeline.is_last:
         first = next(leaf for leaf in tf.nest.flatten(x) if leaf is not None)
         model._loss_tracker.update_state(loss, sample_weight=tf.shape(first)[0])
-    y_pred = pipeline.outputs() if _needs_outputs(model) else None
+    y_pred = _masked(*pipeline.outputs()) if _needs_outputs(model) else None
     own = type(model).compute_metrics is not keras.Model.compute_metrics
     if own or (pipeline.is_last and y_pred is not None):
         # On other stages what it counts is never read, but it may communicate.

@@ -87,6 +87,8 @@ class ModelTrace:
         self.totals: list[tuple[tf.Tensor, tf.Tensor]] = []
         # Metrics of losses, updated when all microbatches are there: (metric, loss, weight).
         self.loss_metrics: list[tuple[Any, tf.Tensor, Any]] = []
+        # Whether the step asked for what regularizes weights.
+        self.regularizes = False
         self._reads: dict[Any, Read] = {}
         self._written: dict[int, tuple[Any, tf.Tensor]] = {}
         self._models: list[str] = []
