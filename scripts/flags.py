@@ -14,7 +14,7 @@ from pathlib import Path
 import tensorflow as tf
 from absl import app, flags
 
-from llmos_tf.scripts.options import PlanOptions, RunOptions, VerifyOptions
+from llmos_tf.scripts.options import BenchmarkOptions, PlanOptions, RunOptions, VerifyOptions
 
 FLAGS = flags.FLAGS
 
@@ -73,6 +73,20 @@ flags.DEFINE_integer("stages", 4, "Stages of the pipeline that is drawn.")
 flags.DEFINE_string(
     "png", None, "File of the picture; by default schedule-<name>-<stages>x<microbatches>.png here."
 )
+flags.DEFINE_multi_string(
+    "run",
+    ["1", "pipe=2:microbatches=8"],
+    "A mesh and its options, MESH:name=value,...; 1 is one device. Several, --run for each.",
+)
+flags.DEFINE_integer("rounds", 5, "In each, every run has its turn.")
+flags.DEFINE_integer("steps_in_round", 3, "Steps of a run in a round.")
+flags.DEFINE_integer(
+    "threads_per_device", None, "Threads by which a CPU device computes; by default all cores'."
+)
+flags.DEFINE_integer("vocab_size", 512, "Tokens of the vocabulary.")
+flags.DEFINE_integer("hidden_size", 256, "Width of the model.")
+flags.DEFINE_integer("num_heads", 8, "Attention heads.")
+flags.DEFINE_integer("num_layers", 8, "Blocks.")
 flags.DEFINE_string("model", None, "MODULE:FUNCTION that returns a compiled keras.Model.")
 flags.DEFINE_string(
     "batches",
@@ -143,6 +157,21 @@ def plan_options_from_flags() -> PlanOptions:
     if not FLAGS["microbatches"].present:
         values["microbatches"] = 2 * values["stages"]
     return PlanOptions(**values)
+
+
+def benchmark_options_from_flags() -> BenchmarkOptions:
+    """Returns the options of a benchmark.
+
+    Returns:
+        The options, checked.
+
+    Raises:
+        ValueError: flags that do not go together.
+    """  # noqa: DOC502
+    values = {name: FLAGS[name].value for name in BenchmarkOptions.__dataclass_fields__}
+    values["run"] = tuple(values["run"])
+    values["seq_len"] = values["seq_len"] or 128
+    return BenchmarkOptions(**values)
 
 
 def start(main: Callable[[], int | None], used: Sequence[str]) -> None:

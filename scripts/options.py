@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from llmos_tf.config import GPTConfig
 from llmos_tf.mesh import Mesh
-from llmos_tf.strategies.options import CONTEXT_METHODS
+from llmos_tf.strategies.options import CONTEXT_METHODS, MeshOptions
 from llmos_tf.strategies.schedules import SCHEDULES, Schedule, make_schedule
 
 
@@ -165,6 +166,126 @@ class PlanOptions:
             ValueError: an unknown name, or numbers that it does not take.
         """  # noqa: DOC502
         return make_schedule(self.draw_schedule, self.stages, self.microbatches, self.num_chunks)
+
+
+# What a run of llmos-benchmark may say besides its mesh, and what MeshStrategy calls it.
+_RUN_OPTIONS = {
+    "schedule": "schedule",
+    "microbatches": "num_microbatches",
+    "num_chunks": "num_chunks",
+    "zero_stage": "zero_stage",
+    "context_method": "context_method",
+    "sequence_parallel": "sequence_parallel",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A run of llmos-benchmark: what one `--run` says.
+
+    Raises:
+        ValueError: no mesh, an unknown option, or options that do not fit the mesh.
+    """  # noqa: DOC502
+
+    text: str
+    mesh: str
+    options: dict[str, Any]
+
+    @classmethod
+    def parse(cls, text: str) -> "Candidate":
+        """Returns the run that a `--run` describes.
+
+        Args:
+            text: ``MESH`` or ``MESH:name=value,...``.
+
+        Returns:
+            The run, checked.
+
+        Raises:
+            ValueError: no mesh, an unknown option, or options that do not fit the mesh.
+        """  # noqa: DOC502
+        mesh, _, rest = text.partition(":")
+        options: dict[str, Any] = {}
+        for item in filter(None, rest.split(",")):
+            name, _, value = item.partition("=")
+            if name not in _RUN_OPTIONS or not value:
+                raise ValueError(
+                    f"--run={text}: after the mesh come {', '.join(_RUN_OPTIONS)}, as name=value. "
+                    f"Received: {item!r}."
+                )
+            options[_RUN_OPTIONS[name]] = int(value) if value.isdecimal() else value
+        if "sequence_parallel" in options:
+            options["sequence_parallel"] = str(options["sequence_parallel"]).lower() in (
+                "1",
+                "true",
+            )
+        parsed = Mesh.from_string(mesh)
+        MeshOptions(**options).check(parsed)
+        return cls(text=text, mesh=mesh, options=options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkOptions:
+    """What the flags of llmos-benchmark said, checked. Fields have the flags' names and meanings.
+
+    Raises:
+        ValueError: a value that no benchmark can have.
+    """
+
+    run: tuple[str, ...]
+    rounds: int
+    steps_in_round: int
+    threads_per_device: int | None
+    vocab_size: int
+    hidden_size: int
+    num_heads: int
+    num_layers: int
+    seq_len: int
+    global_batch: int
+    seed: int
+    json: str | None
+
+    def __post_init__(self):
+        _check_counts(self, "rounds", "steps_in_round", "seq_len", "global_batch")
+        if self.threads_per_device is not None:
+            _check_counts(self, "threads_per_device")
+        _check_folder_of("json", self.json)
+        GPTConfig(**self._model())
+        for candidate in self.candidates:
+            mesh = Mesh.from_string(candidate.mesh)
+            parts = mesh.batch_ways * candidate.options.get("num_microbatches", 1)
+            if self.global_batch % parts:
+                raise ValueError(
+                    f"--global_batch={self.global_batch} is cut into {parts} parts by "
+                    f"--run={candidate.text}. Take a multiple of {parts}."
+                )
+
+    @property
+    def candidates(self) -> list[Candidate]:
+        """The runs."""
+        return [Candidate.parse(text) for text in self.run]
+
+    def job(self, candidate: Candidate) -> dict[str, Any]:
+        """Returns what the process of a run is told.
+
+        Args:
+            candidate: the run.
+
+        Returns:
+            A dictionary that JSON takes.
+        """
+        return {
+            "mesh": candidate.mesh,
+            "options": candidate.options,
+            "model": self._model(),
+            "global_batch": self.global_batch,
+            "threads_per_device": self.threads_per_device,
+            "seed": self.seed,
+        }
+
+    def _model(self) -> dict[str, int]:
+        names = ("vocab_size", "hidden_size", "num_heads", "num_layers")
+        return {name: getattr(self, name) for name in names} | {"max_positions": self.seq_len}
 
 
 def _check_counts(options: Any, *names: str) -> None:

@@ -52,7 +52,14 @@ def test_the_verification_runs_as_it_is_pasted(tmp_path):
 def test_the_programs_and_flags_exist():
     """Fails for a command that was renamed, or a flag that is not there any more."""
     found = re.findall(r"llmos-(\w+)((?: +--?[\w=,.:\'*/]+)*)", README)
-    assert {name for name, _ in found} == {"train", "evaluate", "generate", "plan", "verify"}
+    assert {name for name, _ in found} == {
+        "benchmark",
+        "evaluate",
+        "generate",
+        "plan",
+        "train",
+        "verify",
+    }
     for _, flags in found:
         for flag in re.findall(r"--(\w+)", flags):
             assert flag in FLAGS or flag == "help", flag
