@@ -250,7 +250,7 @@ class _Tensors:
         self._attributes = [
             (i, name, value)
             for i, tensor in enumerate(plain)
-            for name, value in _attributes_of(tensor)
+            for name, value in attributes_of(tensor)
         ]
         self.tensors = [*plain, *(value for *_, value in self._attributes)]
         self._count = len(plain)
@@ -277,7 +277,15 @@ def _has_loop(graph: tf.Graph) -> bool:
     return any(node.op in ("While", "StatelessWhile") for node in nodes)
 
 
-def _attributes_of(tensor: tf.Tensor) -> Iterator[tuple[str, tf.Tensor]]:
+def attributes_of(tensor: tf.Tensor) -> Iterator[tuple[str, tf.Tensor]]:
+    """Yields what Keras keeps with a tensor for losses and metrics: masks and logits.
+
+    Args:
+        tensor: an output of a layer.
+
+    Yields:
+        Names of attributes and their values.
+    """
     for name in _ATTRIBUTES:
         value = getattr(tensor, name, None)
         if isinstance(value, tf.Tensor):

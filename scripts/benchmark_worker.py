@@ -14,8 +14,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from llmos_tf import Mesh, devices
+from llmos_tf import devices
 from llmos_tf.layers import TokenCrossEntropy
+from llmos_tf.mesh import Mesh
 from llmos_tf.models import GPT, GPTConfig
 from llmos_tf.strategies import MeshStrategy
 from llmos_tf.training import make_train_step

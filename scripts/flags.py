@@ -26,8 +26,6 @@ flags.DEFINE_multi_string(
     "any, data=2,tensor=2 on virtual CPU devices. llmos-verify takes several, --mesh for each, by "
     "default data=2 and fsdp=2.",
 )
-# absl adds a sentence of its own.
-FLAGS["mesh"].help = FLAGS["mesh"].help.rpartition(";")[0]
 flags.DEFINE_integer("zero_stage", 0, "ZeRO stage, 0 to 3; 3 needs an fsdp axis.")
 flags.DEFINE_bool("sequence_parallel", False, "Also split positions over the tensor axis.")
 flags.DEFINE_integer("microbatches", 1, "Parts of a batch that go down the pipe axis in turn.")
@@ -106,6 +104,10 @@ flags.DEFINE_float(
     "Allowed is |Δ| <= tolerance · (1 + |value on one device|). By default 1e-9 in float64, 1e-4 "
     "in float32, 1e-2 in mixed_bfloat16 and mixed_float16.",
 )
+
+for _name in ("mesh", "run"):
+    # absl adds a sentence of its own.
+    FLAGS[_name].help = FLAGS[_name].help.rpartition(";")[0]
 
 
 def options_from_flags() -> RunOptions:

@@ -15,6 +15,7 @@ import keras
 import tensorflow as tf
 
 from llmos_tf import _internal
+from llmos_tf.blocks import attributes_of
 from llmos_tf.program import current_program
 from llmos_tf.strategies.pipeline.placement import call_of, place_everywhere, place_model
 from llmos_tf.strategies.pipeline.run import Pipeline
@@ -214,21 +215,18 @@ def _run(model: keras.Model, data: Any, training: bool, seed: Any) -> Pipeline:
         loss = model._compute_loss(
             x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=training
         )
-        return loss, (y_pred, _masks_of(y_pred)) if keeps else ()
+        if not keeps:
+            return loss, ()
+        return loss, (y_pred, [dict(attributes_of(x)) for x in tf.nest.flatten(y_pred)])
 
     return _pipeline(model, step, _of_any_length(data), seed)
 
 
-def _masks_of(y_pred: Any) -> list[tf.Tensor | None]:
-    """The masks that Keras keeps as attributes of tensors, for losses and metrics."""
-    return [getattr(x, "_keras_mask", None) for x in tf.nest.flatten(y_pred)]
-
-
-def _masked(y_pred: Any, masks: list[tf.Tensor | None]) -> Any:
-    """Outputs of all microbatches with their masks."""
-    for x, mask in zip(tf.nest.flatten(y_pred), masks, strict=True):
-        if mask is not None:
-            x._keras_mask = mask
+def _with_attributes(y_pred: Any, attributes: list[dict[str, tf.Tensor]]) -> Any:
+    """Outputs of all microbatches with the masks and logits that losses and metrics look for."""
+    for x, values in zip(tf.nest.flatten(y_pred), attributes, strict=True):
+        for name, value in values.items():
+            setattr(x, name, value)
     return y_pred
 
 
@@ -254,7 +252,7 @@ def _finish(model: keras.Model, pipeline: Pipeline, x, y, sample_weight) -> Call
     if pipeline.is_last:
         first = next(leaf for leaf in tf.nest.flatten(x) if leaf is not None)
         model._loss_tracker.update_state(loss, sample_weight=tf.shape(first)[0])
-    y_pred = _masked(*pipeline.outputs()) if _needs_outputs(model) else None
+    y_pred = _with_attributes(*pipeline.outputs()) if _needs_outputs(model) else None
     own = type(model).compute_metrics is not keras.Model.compute_metrics
     if own or (pipeline.is_last and y_pred is not None):
         # On other stages what it counts is never read, but it may communicate.
