@@ -138,7 +138,8 @@ def train_step(
     """
     if is_pipelined():
         pipeline = _pipeline(model, optimizer, loss, batch, training=True)
-        optimizer.apply(*pipeline.gradients(model.trainable_variables))
+        gradients = pipeline.gradients(model.trainable_variables)
+        optimizer.apply(gradients, model.trainable_variables)
         return pipeline.loss()
     value, gradients = local_gradients(model, optimizer, loss, batch)
     optimizer.apply(gradients, model.trainable_variables)

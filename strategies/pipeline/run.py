@@ -36,6 +36,8 @@ class Pipeline:
         self._program = program = require_program("A pipeline")
         self._model = model
         extended = program.strategy.extended
+        # By it `warn_if_not_pipelined` knows.
+        extended.num_pipelines += 1
         flat = tf.nest.flatten(data, expand_composites=True)
         tensors = [x for x in flat if isinstance(x, tf.Tensor)]
         count = extended.options.num_microbatches
@@ -99,14 +101,14 @@ class Pipeline:
             total = collectives.all_reduce(self._run.sums[loss.ref()], BATCH_AXES)
             metric.update_state(total, None if weight is None else weight * count)
 
-    def gradients(self, variables: list[Any]) -> tuple[list[Any], list[Any]]:
+    def gradients(self, variables: list[Any]) -> list[Any]:
         """Returns the gradients of this rank's rows, for the variables that this stage holds.
 
         Args:
             variables: `keras.Variable`s.
 
         Returns:
-            Gradients as a tape gives them, and their variables.
+            Gradients as a tape gives them; None for the variables of other stages.
         """
         program = self._program
         mine = [v for v in variables if _stored(v).layout.is_on(program.stage)]
@@ -130,10 +132,13 @@ class Pipeline:
                 program.read_gradients[id(variable)] = [rows[id(variable)]]
         shared = program.share(lambda: SharedWeights(program, [_stored(v) for v in variables]))
         trained = {id(read.variable) for part in self._step.parts for read, _ in part.gradients}
-        return [
-            shared.summed(program, g, v) if id(v) in trained or v_.regularizer is not None else g
+        summed = {
+            id(v_): shared.summed(program, g, v)
+            if id(v) in trained or v_.regularizer is not None
+            else g
             for g, v, v_ in zip(gradients, stored, mine, strict=True)
-        ], mine
+        }
+        return [summed.get(id(variable)) for variable in variables]
 
     # --- inside -----------------------------------------------------------------------------------
 

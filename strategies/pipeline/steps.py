@@ -19,7 +19,6 @@ from llmos_tf.blocks import attributes_of
 from llmos_tf.program import current_program
 from llmos_tf.strategies.pipeline.placement import call_of, place_everywhere, place_model
 from llmos_tf.strategies.pipeline.run import Pipeline
-from llmos_tf.strategies.pipeline.step_trace import Step
 
 
 def place_model_of(extended: Any, fn: Callable, args: tuple) -> None:
@@ -140,9 +139,9 @@ def train_step(model: keras.Model, data: Any) -> dict[str, Any]:
     seed = _seed_of(optimizer)
     pipeline = _run(model, (x, y, sample_weight), training=True, seed=seed)
     logs = _finish(model, pipeline, x, y, sample_weight)
-    if model.trainable_weights:
-        gradients, variables = pipeline.gradients(model.trainable_weights)
-        optimizer.apply_gradients(zip(gradients, variables, strict=True))
+    weights = model.trainable_weights
+    if weights:
+        optimizer.apply_gradients(zip(pipeline.gradients(weights), weights, strict=True))
     else:
         warnings.warn("The model does not have any trainable weights.", stacklevel=2)
     return logs()
@@ -175,7 +174,7 @@ def predict_step(model: keras.Model, data: Any) -> Any:
     """
     x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
     call = call_of(model, training=False)
-    return _pipeline(model, lambda x: (None, call(x)), _of_any_length(x), None).outputs()
+    return Pipeline(model, lambda x: (None, call(x)), _of_any_length(x), None).outputs()
 
 
 def run_loss(
@@ -196,13 +195,7 @@ def run_loss(
         The pipeline, which has loss and gradients.
     """
     seed = None if optimizer is None else _seed_of(optimizer)
-    return _pipeline(model, lambda data: (loss(data), ()), data, seed)
-
-
-def _pipeline(model: keras.Model, step: Step, data: Any, seed: Any) -> Pipeline:
-    # By it `warn_if_not_pipelined` knows.
-    current_program().strategy.extended.num_pipelines += 1
-    return Pipeline(model, step, data, seed)
+    return Pipeline(model, lambda data: (loss(data), ()), data, seed)
 
 
 def _run(model: keras.Model, data: Any, training: bool, seed: Any) -> Pipeline:
@@ -219,7 +212,7 @@ def _run(model: keras.Model, data: Any, training: bool, seed: Any) -> Pipeline:
             return loss, ()
         return loss, (y_pred, [dict(attributes_of(x)) for x in tf.nest.flatten(y_pred)])
 
-    return _pipeline(model, step, _of_any_length(data), seed)
+    return Pipeline(model, step, _of_any_length(data), seed)
 
 
 def _with_attributes(y_pred: Any, attributes: list[dict[str, tf.Tensor]]) -> Any:
