@@ -26,7 +26,7 @@ from keras import ops
 
 from llmos_tf import _internal, batch, collectives
 from llmos_tf.program import current_program
-from llmos_tf.sharding import MetricVariable, ShardedVariable
+from llmos_tf.sharding import MetricVariable, ShardedVariable, read_for_all
 from llmos_tf.sharding.variance import varying_axes
 from llmos_tf.strategies.keras_blocks import compiled_call, compiles_blocks
 from llmos_tf.strategies.keras_layers import layer_replacements
@@ -209,13 +209,19 @@ def _added_losses(original: Any) -> Any:
 
 
 def _regularization_losses(original: Any) -> Any:
+    del original
+
     def _get_regularization_losses(layer):
         trace = current_program().trace
         if trace is not None:
             # Each stage adds those of the weights that it holds.
             trace.regularizes = True
             return []
-        return [batch.same(loss) for loss in original(layer)]
+        return [
+            batch.same(variable.regularizer(read_for_all(variable)))
+            for variable in layer.trainable_weights
+            if variable.regularizer is not None
+        ]
 
     return _get_regularization_losses
 

@@ -62,6 +62,35 @@ def mark_partial_gradient(variable: Any, axis: str) -> None:
     program.partial_gradients[key] = program.mesh.canonical_axes(axes)
 
 
+def read_for_all(variable: Any) -> tf.Tensor:
+    """Returns the value of a variable, for what every rank computes alike of it.
+
+    The step sums gradients over the axes of `mark_partial_gradient`. Of the gradient by what is
+    returned here each of their ranks takes its share, so that a regularizer counts once.
+
+    Args:
+        variable: a `keras.Variable` or `tf.Variable`.
+
+    Returns:
+        Tensor of the variable's shape.
+    """
+    value = tf.convert_to_tensor(variable)
+    program = current_program()
+    if program is None:
+        return value
+    key = id(_unwrapped(variable))
+
+    @tf.custom_gradient
+    def shared(x):
+        def gradient(dy):
+            # Asked for here, after the forward pass, when all is marked.
+            return dy / program.mesh.axis_size(program.partial_gradients.get(key, ()))
+
+        return tf.identity(x), gradient
+
+    return shared(value)
+
+
 def _unwrapped(variable: Any) -> Any:
     """The `tf.Variable` inside a `keras.Variable`, not cast by its dtype policy."""
     return getattr(variable, "_value", variable)

@@ -9,7 +9,7 @@ import tensorflow as tf
 from llmos_tf import batch, collectives
 from llmos_tf.mesh import BATCH_AXES
 from llmos_tf.program import require_program
-from llmos_tf.sharding import ShardedVariable
+from llmos_tf.sharding import ShardedVariable, read_for_all
 from llmos_tf.strategies.pipeline.exchange import SharedWeights
 from llmos_tf.strategies.pipeline.executor import StageRun
 from llmos_tf.strategies.pipeline.microbatches import Microbatches
@@ -175,7 +175,7 @@ class Pipeline:
             layout = _stored(variable).layout
             first = 0 if layout.stages is None else layout.stages[0]
             if variable.regularizer is not None and first == self._program.stage:
-                terms.append(tf.cast(variable.regularizer(variable), terms[0].dtype))
+                terms.append(tf.cast(variable.regularizer(read_for_all(variable)), terms[0].dtype))
         return tf.add_n(terms)
 
     def _merge_notes(self) -> None:
