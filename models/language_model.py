@@ -8,7 +8,9 @@ import tensorflow as tf
 
 from llmos_tf.config import ModelConfig
 from llmos_tf.layers import TokenCrossEntropy
-from llmos_tf.layers.stream import Stream, entered, open_stream
+from llmos_tf.layers.ring_attention import check_heads
+from llmos_tf.layers.stream import Stream, check_positions, entered, open_stream
+from llmos_tf.mesh import Mesh
 from llmos_tf.models.presets import PRESETS, get_preset
 from llmos_tf.program import current_program
 from llmos_tf.sharding import announce_layouts
@@ -156,6 +158,27 @@ class LanguageModel(keras.Model):
             x, _ = self.run_blocks(x, training, segment_ids=ids)
             logits = self.score(x)
         return _left(stream, logits)
+
+    def check_inputs(self, inputs: Any, mesh: Mesh, options: Any) -> None:
+        """Checks that a mesh can split a batch; its strategy calls this before a step is traced.
+
+        Args:
+            inputs: as the model is called with, of one replica.
+            mesh: the strategy's mesh.
+            options: its `MeshOptions`.
+
+        Raises:
+            ValueError: the `context` axis divides neither positions nor, by all-to-all, heads.
+        """  # noqa: DOC502
+        tokens = inputs.get("tokens") if isinstance(inputs, Mapping) else inputs
+        shape = getattr(tokens, "shape", None)
+        if shape is None or len(shape) != 2:
+            return
+        check_positions(mesh, options, shape[1])
+        if options.context_method == "ulysses":
+            heads, ways = self.config.num_heads, mesh.axis_size("tensor")
+            mine = heads if heads % ways else heads // ways
+            check_heads(mine, mesh.axis_size("context"))
 
     def decode(
         self, tokens: tf.Tensor, cache: tf.Tensor, offset: int | tf.Tensor

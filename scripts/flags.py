@@ -28,7 +28,12 @@ flags.DEFINE_multi_string(
 )
 flags.DEFINE_integer("zero_stage", 0, "ZeRO stage, 0 to 3; 3 needs an fsdp axis.")
 flags.DEFINE_bool("sequence_parallel", False, "Also split positions over the tensor axis.")
-flags.DEFINE_integer("microbatches", 1, "Parts of a batch that go down the pipe axis in turn.")
+flags.DEFINE_integer(
+    "microbatches",
+    None,
+    "Parts of a batch that go down the pipe axis in turn; by default as many as there are stages, "
+    "and twice as many in a picture of llmos-plan.",
+)
 flags.DEFINE_string(
     "schedule",
     "1f1b",
@@ -156,7 +161,7 @@ def plan_options_from_flags() -> PlanOptions:
         ValueError: flags that do not go together.
     """  # noqa: DOC502
     values = {name: FLAGS[name].value for name in PlanOptions.__dataclass_fields__}
-    if not FLAGS["microbatches"].present:
+    if values["microbatches"] is None:
         values["microbatches"] = 2 * values["stages"]
     return PlanOptions(**values)
 

@@ -26,7 +26,7 @@ class RunOptions:
     mesh: str
     zero_stage: int
     sequence_parallel: bool
-    microbatches: int
+    microbatches: int | None
     schedule: str
     num_chunks: int
     context_method: str
@@ -59,8 +59,9 @@ class RunOptions:
         if self.resume and not self.workdir:
             raise ValueError("--resume goes on from a checkpoint in --workdir. Name the folder.")
         _check_axes(self, [self.parsed_mesh])
-        ways, of = self.parsed_mesh.batch_ways * self.microbatches, "data × fsdp"
-        if self.microbatches > 1:
+        microbatches = self.microbatches or self.parsed_mesh.axis_size("pipe")
+        ways, of = self.parsed_mesh.batch_ways * microbatches, "data × fsdp"
+        if microbatches > 1:
             of += " × microbatches"
         if self.global_batch % ways:
             raise ValueError(
@@ -91,7 +92,7 @@ class VerifyOptions:
     mesh: tuple[str, ...]
     zero_stage: int
     sequence_parallel: bool
-    microbatches: int
+    microbatches: int | None
     schedule: str
     num_chunks: int
     context_method: str
@@ -220,7 +221,8 @@ class Candidate:
                 "true",
             )
         parsed = Mesh.from_string(mesh)
-        MeshOptions(**options).check(parsed)
+        resolved = MeshOptions(**options).resolved(parsed)
+        options["num_microbatches"] = resolved.num_microbatches
         return cls(text=text, mesh=mesh, options=options)
 
 
@@ -253,7 +255,7 @@ class BenchmarkOptions:
         GPTConfig(**self._model())
         for candidate in self.candidates:
             mesh = Mesh.from_string(candidate.mesh)
-            parts = mesh.batch_ways * candidate.options.get("num_microbatches", 1)
+            parts = mesh.batch_ways * candidate.options["num_microbatches"]
             if self.global_batch % parts:
                 raise ValueError(
                     f"--global_batch={self.global_batch} is cut into {parts} parts by "
@@ -296,14 +298,16 @@ def _check_counts(options: Any, *names: str) -> None:
 
 def _check_axes(options: RunOptions | VerifyOptions, meshes: Sequence[Mesh]) -> None:
     """Finds a flag of an axis that no mesh has, or that the axis cannot have."""
-    _check_counts(options, "microbatches", "num_chunks")
+    _check_counts(options, "num_chunks")
+    if options.microbatches is not None:
+        _check_counts(options, "microbatches")
     for name, known in (("schedule", SCHEDULES), ("context_method", CONTEXT_METHODS)):
         if getattr(options, name) not in known:
             raise ValueError(
                 f"--{name} is one of {', '.join(known)}. Received: {getattr(options, name)!r}."
             )
     for name, default, axis in (
-        ("microbatches", 1, "pipe"),
+        ("microbatches", None, "pipe"),
         ("schedule", "1f1b", "pipe"),
         ("num_chunks", 1, "pipe"),
         ("context_method", "ring", "context"),
@@ -317,9 +321,11 @@ def _check_axes(options: RunOptions | VerifyOptions, meshes: Sequence[Mesh]) -> 
             )
     for mesh in meshes:
         if mesh.axis_size("pipe") > 1:
-            make_schedule(
-                options.schedule, mesh.axis_size("pipe"), options.microbatches, options.num_chunks
-            )
+            MeshOptions(
+                schedule=options.schedule,
+                num_microbatches=options.microbatches,
+                num_chunks=options.num_chunks,
+            ).resolved(mesh)
 
 
 def _check_folder_of(name: str, path: str | None) -> None:

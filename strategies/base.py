@@ -36,6 +36,7 @@ from llmos_tf.strategies.keras_paths import hook_variable_paths
 from llmos_tf.strategies.options import MeshOptions
 from llmos_tf.strategies.pipeline.placement import place_before_a_step
 from llmos_tf.strategies.pipeline.steps import hook_steps, place_model_of, warn_if_not_pipelined
+from llmos_tf.strategies.replica_functions import check_inputs
 
 
 class MeshExtended(_internal.MirroredExtended):
@@ -162,6 +163,7 @@ class MeshExtended(_internal.MirroredExtended):
         self.layout_rules.check_all_used()
         if _internal.is_keras_step(fn):
             args = split_batch(args, self._container_strategy())
+        check_inputs(self, fn, args)
         before = self.engine.num_traces, self.num_pipelines
         if self.schedule is not None:
             place_model_of(self, fn, args)

@@ -23,7 +23,8 @@ class MeshStrategy(tf.distribute.MirroredStrategy):
             `tensor` axis. None takes the model's own table.
         sequence_parallel: also split activations between blocks along positions over `tensor`
             (arXiv 2205.05198).
-        num_microbatches: into how many equal parts a replica's rows are cut for the `pipe` axis.
+        num_microbatches: into how many equal parts a replica's rows are cut for the `pipe` axis,
+            at least as many as stages but with "gpipe". None takes as many.
         schedule: "gpipe", "1f1b", "interleaved", "zb-h1" or "zb-v"; see `strategies.schedules`.
         num_chunks: parts of the model on each stage, for the schedule "interleaved".
         stage_of: layer name to pipeline stage, or part of the model where a stage has several, to
@@ -52,7 +53,7 @@ class MeshStrategy(tf.distribute.MirroredStrategy):
         zero_stage: int = 0,
         layout_map: Mapping | None = None,
         sequence_parallel: bool = False,
-        num_microbatches: int = 1,
+        num_microbatches: int | None = None,
         schedule: str = "1f1b",
         num_chunks: int = 1,
         stage_of: Mapping[str, int] | None = None,
@@ -71,8 +72,7 @@ class MeshStrategy(tf.distribute.MirroredStrategy):
             num_chunks=num_chunks,
             stage_of=dict(stage_of or {}),
             context_method=context_method,
-        )
-        options.check(mesh)
+        ).resolved(mesh)
         extended = MeshExtended(self, devices.resolve(mesh), options)
         # Past MirroredStrategy's own constructor, which would make its own `extended`.
         tf.distribute.Strategy.__init__(self, extended)

@@ -1,7 +1,7 @@
 """The options of a mesh strategy beside its mesh, checked against it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from llmos_tf.mesh import Mesh
 from llmos_tf.strategies.schedules import Schedule, make_schedule
@@ -14,30 +14,38 @@ class MeshOptions:
     """What `MeshStrategy` takes beside the mesh; its docstring says what each is.
 
     Raises:
-        ValueError: by `check`, where an option does not fit the mesh.
+        ValueError: by `resolved`, where an option does not fit the mesh.
     """  # noqa: DOC502
 
     zero_stage: int = 0
     layout_map: Mapping | None = None
     sequence_parallel: bool = False
-    num_microbatches: int = 1
+    num_microbatches: int | None = None
     schedule: str = "1f1b"
     num_chunks: int = 1
     stage_of: Mapping[str, int] = field(default_factory=dict)
     context_method: str = "ring"
 
-    def check(self, mesh: Mesh) -> None:
-        """Checks that the options fit a mesh.
+    def resolved(self, mesh: Mesh) -> "MeshOptions":
+        """Checks that the options fit a mesh, and says what was left open.
 
         Args:
             mesh: the mesh.
 
+        Returns:
+            The options, with a number of microbatches.
+
         Raises:
             ValueError: an option that is out of range, or needs an axis that the mesh lacks.
         """  # noqa: DOC502
-        self._check_zero(mesh)
-        self._check_positions(mesh)
-        self._check_pipe(mesh)
+        options = self
+        if self.num_microbatches is None:
+            # The fewest with which every stage has something to do at the same time.
+            options = replace(self, num_microbatches=mesh.axis_size("pipe"))
+        options._check_zero(mesh)
+        options._check_positions(mesh)
+        options._check_pipe(mesh)
+        return options
 
     def _check_zero(self, mesh: Mesh) -> None:
         stage = self.zero_stage
@@ -68,8 +76,16 @@ class MeshOptions:
             )
 
     def _check_pipe(self, mesh: Mesh) -> None:
-        if mesh.axis_size("pipe") > 1:
+        stages = mesh.axis_size("pipe")
+        if stages > 1:
             self.make_schedule(mesh)
+            if self.num_microbatches < stages and self.schedule != "gpipe":
+                raise ValueError(
+                    f"The schedule {self.schedule!r} needs at least as many microbatches as there "
+                    f"are stages, or some would never work at the same time. Received: "
+                    f"num_microbatches={self.num_microbatches} with the mesh {mesh}. Take "
+                    f"{stages} or more, or the schedule 'gpipe', which takes any number."
+                )
             return
         for name, none in (("num_microbatches", 1), ("num_chunks", 1), ("stage_of", {})):
             value = getattr(self, name)

@@ -12,7 +12,7 @@ class PipelineParallelStrategy(MeshStrategy):
 
     Args:
         devices: device names; None takes all visible ones.
-        num_microbatches: into how many equal parts the batch is cut.
+        num_microbatches: into how many equal parts the batch is cut; None: as many as stages.
         schedule: "gpipe", "1f1b", "interleaved", "zb-h1" or "zb-v"; see `strategies.schedules`.
         num_chunks: parts of the model on each stage, for the schedule "interleaved".
         stage_of: layer name to stage, to overrule how the model is cut.
@@ -32,7 +32,7 @@ class PipelineParallelStrategy(MeshStrategy):
         self,
         devices: Sequence[str] | None = None,
         *,
-        num_microbatches: int,
+        num_microbatches: int | None = None,
         schedule: str = "1f1b",
         num_chunks: int = 1,
         stage_of: Mapping[str, int] | None = None,

@@ -101,14 +101,9 @@ def ulysses_attention(
 
     Raises:
         ValueError: p does not divide the query heads.
-    """
+    """  # noqa: DOC502
     ways, num_q, num_kv = collectives.axis_size(axes), q_BNLH.shape[1], k_BKLH.shape[1]
-    if num_q % ways:
-        raise ValueError(
-            f"context_method='ulysses' deals a rank's {num_q} query heads to the {ways} ranks of "
-            f"{' and '.join(axes)}, which do not divide them. Use context_method='ring', or an "
-            "axis that divides the heads."
-        )
+    check_heads(num_q, ways)
     kv = tf.stack([k_BKLH, v_BKLH])
     kv = tf.repeat(kv, ways // math.gcd(num_kv, ways), axis=2)
     q = collectives.all_to_all(q_BNLH, axes, split_dim=1, concat_dim=2)
@@ -120,6 +115,24 @@ def ulysses_attention(
     mask = Mask(positions, positions, segments, segments)
     o = blockwise_attention(q, k, v, mask, dropout, in_order=True)
     return collectives.all_to_all(o, axes, split_dim=2, concat_dim=1)
+
+
+def check_heads(num_heads: int, ways: int) -> None:
+    """Checks that `ulysses_attention` can deal out the heads.
+
+    Args:
+        num_heads: query heads of a rank.
+        ways: number of ranks over which positions are split.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if num_heads % ways:
+        raise ValueError(
+            f"context_method='ulysses' deals a rank's {num_heads} query heads to {ways} ranks, "
+            "which do not divide them. Use context_method='ring', or a context axis that divides "
+            "the heads."
+        )
 
 
 class _Pair(NamedTuple):

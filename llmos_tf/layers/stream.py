@@ -33,6 +33,7 @@ import numpy as np
 import tensorflow as tf
 
 from llmos_tf import collectives
+from llmos_tf.mesh import Mesh
 from llmos_tf.program import ReplicaProgram, current_program
 from llmos_tf.sharding import mark_partial_gradient
 
@@ -169,46 +170,56 @@ def current_stream() -> Stream | None:
     return None if program is None else program.stream
 
 
-def _stream_for(program: ReplicaProgram, rows: int | None, length: int | None) -> Stream:
-    zigzag = program.context_method == "ring"
-    positions = tuple(axis for axis in ("context",) if program.mesh.axis_size(axis) > 1)
-    if positions:
-        _check_length(program, positions, length)
-    expert = program.mesh.axis_size("expert")
-    if expert == 1:
-        return Stream((), positions, zigzag)
-    if rows is not None and rows % expert == 0:
-        return Stream(("expert",), positions, zigzag)
-    both = ("expert", *positions)
-    if length is not None and length % _length_unit(program, both) == 0:
-        return Stream((), both, zigzag)
-    return Stream((), positions, zigzag)
+def check_positions(mesh: Mesh, options: Any, length: int | None) -> None:
+    """Checks that the `context` axis can split the positions of a batch.
 
+    Args:
+        mesh: the mesh.
+        options: has `context_method` and `sequence_parallel`, as the strategy and a program.
+        length: T, number of positions, None where it is not static.
 
-def _length_unit(program: ReplicaProgram, axes: tuple[str, ...]) -> int:
-    """What the number of positions is a multiple of, to be split over axes."""
-    pieces = 2 if program.context_method == "ring" else 1
-    tensor = program.mesh.axis_size("tensor") if program.sequence_parallel else 1
-    return program.mesh.axis_size(axes) * math.lcm(pieces, tensor)
-
-
-def _check_length(program: ReplicaProgram, axes: tuple[str, ...], length: int | None) -> None:
-    unit = _length_unit(program, axes)
-    if length is not None and length % unit == 0:
+    Raises:
+        ValueError: it cannot.
+    """
+    ways = mesh.axis_size("context")
+    unit = _length_unit(mesh, options, ("context",))
+    if ways == 1 or (length is not None and length % unit == 0):
         return
-    ways = ", ".join(f"{axis}={program.mesh.axis_size(axis)}" for axis in axes)
-    also = " and sequence_parallel=True" if program.sequence_parallel else ""
+    also = " and sequence_parallel=True" if options.sequence_parallel else ""
     if length is None:
         raise ValueError(
-            f"The mesh {program.mesh} splits positions over {ways}, and the number of positions is "
+            f"The mesh {mesh} splits positions over context={ways}, and the number of positions is "
             f"not known when the step is traced. Give tokens of a static length, a multiple of "
             f"{unit}; rows may vary."
         )
     near = max(unit, round(length / unit) * unit)
     raise ValueError(
-        f"With {ways}, context_method={program.context_method!r}{also}, the number of positions is "
-        f"a multiple of {unit}. Received: {length}. {near} would work, or another context axis."
+        f"With context={ways}, context_method={options.context_method!r}{also}, the number of "
+        f"positions is a multiple of {unit}. Received: {length}. {near} would work, or another "
+        "context axis."
     )
+
+
+def _stream_for(program: ReplicaProgram, rows: int | None, length: int | None) -> Stream:
+    mesh, zigzag = program.mesh, program.context_method == "ring"
+    check_positions(mesh, program, length)
+    positions = tuple(axis for axis in ("context",) if mesh.axis_size(axis) > 1)
+    expert = mesh.axis_size("expert")
+    if expert == 1:
+        return Stream((), positions, zigzag)
+    if rows is not None and rows % expert == 0:
+        return Stream(("expert",), positions, zigzag)
+    both = ("expert", *positions)
+    if length is not None and length % _length_unit(mesh, program, both) == 0:
+        return Stream((), both, zigzag)
+    return Stream((), positions, zigzag)
+
+
+def _length_unit(mesh: Mesh, options: Any, axes: tuple[str, ...]) -> int:
+    """What the number of positions is a multiple of, to be split over axes."""
+    pieces = 2 if options.context_method == "ring" else 1
+    tensor = mesh.axis_size("tensor") if options.sequence_parallel else 1
+    return mesh.axis_size(axes) * math.lcm(pieces, tensor)
 
 
 def _reordered(x: tf.Tensor, pieces: Any, dim: int) -> tf.Tensor:

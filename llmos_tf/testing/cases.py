@@ -26,7 +26,7 @@ class Case:
     zero_stage: int = 0
     sequence_parallel: bool = False
     layout_map: Mapping | None = None
-    num_microbatches: int = 1
+    num_microbatches: int | None = None
     schedule: str = "1f1b"
     num_chunks: int = 1
     context_method: str = "ring"
@@ -83,7 +83,7 @@ def cases_of(
     zero_stage: int,
     sequence_parallel: bool,
     layout_map: Mapping | None,
-    num_microbatches: int,
+    num_microbatches: int | None,
     schedule: str,
     num_chunks: int,
     context_method: str,
@@ -111,7 +111,7 @@ def cases_of(
     for what, given, axis in (
         (f"zero_stage={zero_stage} cuts optimizer state along", zero_stage in (1, 2), "data"),
         ("sequence_parallel splits positions over", sequence_parallel, "tensor"),
-        ("microbatches go down", num_microbatches > 1, "pipe"),
+        ("microbatches go down", (num_microbatches or 1) > 1, "pipe"),
     ):
         if given and all(mesh.axis_size(axis) == 1 for mesh in meshes):
             raise ValueError(

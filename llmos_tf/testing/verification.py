@@ -60,7 +60,7 @@ class Verification:
         zero_stage: for the meshes with a `data` axis (1, 2), or for all (3).
         sequence_parallel: for the meshes with a `tensor` axis.
         layout_map: layouts for the `tensor` axis; None takes the model's own.
-        num_microbatches: for the meshes with a `pipe` axis.
+        num_microbatches: for the meshes with a `pipe` axis; None: as many as stages.
         schedule: for the same.
         num_chunks: for the same.
         context_method: for the meshes with a `context` axis.
@@ -83,7 +83,7 @@ class Verification:
         zero_stage: int = 0,
         sequence_parallel: bool = False,
         layout_map: Mapping | None = None,
-        num_microbatches: int = 1,
+        num_microbatches: int | None = None,
         schedule: str = "1f1b",
         num_chunks: int = 1,
         context_method: str = "ring",

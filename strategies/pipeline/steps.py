@@ -19,6 +19,7 @@ from llmos_tf.blocks import attributes_of
 from llmos_tf.program import current_program
 from llmos_tf.strategies.pipeline.placement import call_of, place_everywhere, place_model
 from llmos_tf.strategies.pipeline.run import Pipeline
+from llmos_tf.strategies.replica_functions import inputs_of, model_of
 
 
 def place_model_of(extended: Any, fn: Callable, args: tuple) -> None:
@@ -29,14 +30,11 @@ def place_model_of(extended: Any, fn: Callable, args: tuple) -> None:
         fn: a step of a Keras model, or a function with an attribute `model`.
         args: its arguments: first the batch, ``(x, y, sample_weight)`` or as Keras has it.
     """
-    model = _model_of(fn)
+    model = model_of(fn)
     if model is None:
         place_everywhere(extended)
-        return
-    data = args[0] if len(args) == 1 else args
-    values = _internal.select_replica(0, data)
-    x = keras.utils.unpack_x_y_sample_weight(values)[0]
-    place_model(extended, model, x)
+    else:
+        place_model(extended, model, inputs_of(args))
 
 
 def warn_if_not_pipelined(extended: Any, fn: Callable, num_traces: int, num_pipelines: int) -> None:
@@ -48,7 +46,7 @@ def warn_if_not_pipelined(extended: Any, fn: Callable, num_traces: int, num_pipe
         num_traces: the engine's before that.
         num_pipelines: those of `extended` before that.
     """
-    model = _model_of(fn)
+    model = model_of(fn)
     was_traced = extended.engine.num_traces > num_traces
     if model is None or not was_traced or extended.num_pipelines > num_pipelines:
         return
@@ -267,17 +265,3 @@ def _seed_of(optimizer: keras.Optimizer) -> Callable[[], tf.Tensor]:
         return optimizer.scale_loss(one)
 
     return seed
-
-
-def _model_of(fn: Any) -> keras.Model | None:
-    """The model whose step a replica function is."""
-    while fn is not None:
-        if getattr(fn, "model", None) is not None:
-            return fn.model
-        owner = getattr(fn, "__self__", None)
-        if isinstance(owner, keras.Model):
-            return owner
-        if _internal.is_keras_predict_step(fn):
-            return _internal.model_of_predict_step(fn)
-        fn = getattr(fn, "__wrapped__", None)
-    return None

@@ -197,14 +197,23 @@ def test_static_rows_are_split_over_experts(float64):
         np.testing.assert_allclose(other, one, atol=TOLERANCE, rtol=0)
 
 
-def test_a_length_that_cannot_be_split_is_refused(float64):
-    """Fails if `fit` does not say which number is wrong, and what would work."""
-    strategy = MeshStrategy(Mesh(context=4))
+@pytest.mark.parametrize(
+    ("options", "length", "message"),
+    [
+        ({}, 12, r"context=4.* a multiple of 8\. Received: 12\. 16 would"),
+        # Each of two tensor ranks has two heads.
+        ({"context_method": "ulysses"}, 16, "2 query heads to 4 ranks.* context_method='ring'"),
+    ],
+)
+def test_what_cannot_be_split_is_refused(float64, options, length, message):
+    """Fails if `fit` does not say which number is wrong and what would work, before it traces."""
+    strategy = MeshStrategy(Mesh(context=4, tensor=2), **options)
     with strategy.scope():
         model = build("gpt")
-    tokens = np.zeros((2, 12), "int32")
-    with pytest.raises(ValueError, match=r"context=4.* a multiple of 8\. Received: 12\. 16 would"):
+    tokens = np.zeros((2, length), "int32")
+    with pytest.raises(ValueError, match=message):
         model.fit(tokens, tokens, verbose=0)
+    assert strategy.num_traces == 0
 
 
 @pytest.mark.parametrize("axis", ["context", "expert"])

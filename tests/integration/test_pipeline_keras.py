@@ -55,7 +55,7 @@ def chain(num_layers=3, optimizer=None, kinds=None, **options):
 
 
 def skipping():
-    """What the first layer makes is used on every later stage, and one of its uses after another."""
+    """What the first layer makes is used on every later stage; one layer is called on two."""
     inputs = keras.Input([8])
     a = layers.Dense(16, "tanh")(inputs)
     shared = layers.Dense(16, "tanh")
