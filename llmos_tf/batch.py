@@ -77,6 +77,24 @@ def own_rows(x: tf.Tensor) -> tf.Tensor:
     return x[: tf.where(rows > 0, tf.shape(x)[0], 0)]
 
 
+def of_last_stage(x: tf.Tensor) -> tf.Tensor:
+    """Returns what the pipeline stage with the results has, to processes without that stage.
+
+    Args:
+        x: a result on that stage; of the same shape and dtype on others.
+
+    Returns:
+        Tensor like `x`.
+    """
+    program = require_program("batch.of_last_stage")
+    extended = program.strategy.extended
+    if extended.in_one_process(["pipe"]):
+        # There results are taken from that stage.
+        return x
+    has = program.stage == extended.result_stage
+    return collectives.all_reduce(x if has else tf.zeros_like(x), "pipe")
+
+
 def share(dtype: tf.DType) -> tf.Tensor:
     """Returns which part of the batch's rows are this rank's.
 

@@ -2,7 +2,7 @@
 
 import tensorflow as tf
 
-from llmos_tf import _internal, collectives
+from llmos_tf import _internal, batch, collectives
 from llmos_tf.blocks import NotABlock
 from llmos_tf.mesh import BATCH_AXES
 from llmos_tf.program import current_program
@@ -96,8 +96,8 @@ class MetricVariable(_internal.SyncOnReadVariable):
         """The same in a program."""
         mine = self._values[current_program().position].read_value()
         if self._aggregation == tf.VariableAggregation.ONLY_FIRST_REPLICA:
-            return collectives.broadcast(mine, BATCH_AXES)
+            return batch.of_last_stage(collectives.broadcast(mine, BATCH_AXES))
         total = collectives.all_reduce(mine, BATCH_AXES)
         if self._aggregation == tf.VariableAggregation.MEAN:
             total /= tf.cast(collectives.axis_size(BATCH_AXES), total.dtype)
-        return total
+        return batch.of_last_stage(total)

@@ -14,7 +14,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from llmos_tf import _internal
+from llmos_tf import _internal, batch
 from llmos_tf.blocks import attributes_of
 from llmos_tf.program import current_program
 from llmos_tf.strategies.pipeline.placement import call_of, place_everywhere, place_model
@@ -168,11 +168,12 @@ def predict_step(model: keras.Model, data: Any) -> Any:
         data: this replica's rows.
 
     Returns:
-        The model's outputs; zeros on other stages than that of its last part.
+        The model's outputs; in a process that has its last part zeros on other stages.
     """
     x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
     call = call_of(model, training=False)
-    return Pipeline(model, lambda x: (None, call(x)), _of_any_length(x), None).outputs()
+    outputs = Pipeline(model, lambda x: (None, call(x)), _of_any_length(x), None).outputs()
+    return tf.nest.map_structure(batch.of_last_stage, outputs)
 
 
 def run_loss(

@@ -57,7 +57,7 @@ def build_mlp(optimizer):
 
 
 def build_gpt(optimizer):
-    config = GPTConfig(vocab_size=10, max_positions=4, hidden_size=8, num_heads=2, num_layers=1)
+    config = GPTConfig(vocab_size=10, max_positions=4, hidden_size=8, num_heads=2, num_layers=2)
     model = GPT(config)
     model.compile(optimizer, TokenCrossEntropy())
     return model
@@ -158,6 +158,24 @@ def check_fit_tensor_across():
     """Catches a tensor axis over processes that is neither refused nor right."""
     layouts = {".*hidden/kernel": (None, "tensor")}
     compare(Mesh(tensor=4), build_mlp, sgd, features(), layout_map=layouts)
+
+
+def check_fit_pipe_across():
+    """Catches stages in two processes that do not meet, or weights read where they are not."""
+    compare(Mesh(pipe=2, data=2), build_mlp, adamw, features(), num_microbatches=2)
+
+
+def check_fit_pipe_tensor():
+    """Catches what several stages hold, or a tensor axis beside them, taken for one process's."""
+    compare(Mesh(pipe=2, tensor=2), build_gpt, adamw, tokens(), num_microbatches=2)
+
+
+def check_fit_pipe_inside():
+    """Catches stages of one process whose rows are taken for all, or all four in a row."""
+    ranks = MultiWorkerMeshStrategy(Mesh(data=4)).mesh.devices
+    devices_of = [ranks[i] for i in (0, 2, 1, 3)]
+    mesh = Mesh(pipe=2, data=2, devices=devices_of)
+    compare(mesh, build_mlp, sgd, features(), schedule="gpipe", num_microbatches=2)
 
 
 def batches():
@@ -291,5 +309,5 @@ def main():
 
 if __name__ == "__main__":
     # Shows where a process waits for another that does not come, before it is killed.
-    faulthandler.dump_traceback_later(200, exit=True)
+    faulthandler.dump_traceback_later(300, exit=True)
     main()
