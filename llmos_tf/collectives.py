@@ -367,7 +367,7 @@ class _Group:
         front = _move_dim(x, dim, 0)
         # Nor does it know bfloat16; it only moves bits, so another type of 16 bits does as well.
         bits = tf.bitcast(front, tf.float16) if x.dtype == tf.bfloat16 else front
-        sent = _one_length(bits)
+        sent = self._not_empty(_one_length(bits))
         y = tf.raw_ops.CollectiveGatherV2(input=sent, **self._arguments(sent))
         y = self._in_mesh_order(_unfold(y, bits, times=self.size))
         return _move_dim(y if y.dtype == x.dtype else tf.bitcast(y, x.dtype), 0, dim)
@@ -378,7 +378,7 @@ class _Group:
 
     def swap(self, parts: tf.Tensor) -> tf.Tensor:
         """[group, ...] to [group, ...]: part j goes to rank j."""
-        sent = _one_length(self._in_transport_order(parts), self.size)
+        sent = self._not_empty(_one_length(self._in_transport_order(parts), self.size))
         y = tf.raw_ops.CollectiveAllToAllV2(input=sent, **self._arguments(sent))
         return self._in_mesh_order(_unfold(y, parts))
 
@@ -417,6 +417,21 @@ class _Group:
         size[dim] = length
         y = tf.slice(x, tf.stack(begin), tf.stack(size))
         return _with_shape(y, _scaled(x.shape, dim, 1 / self.size))
+
+    def _not_empty(self, x: tf.Tensor) -> tf.Tensor:
+        """`x`, or an error: of nothing TensorFlow's CPU kernels divide by zero, and all ends."""
+        message = (
+            f"{self._what} along {', '.join(self.axes)} takes no tensor without elements. Received "
+            f"one of shape {tuple(x.shape)}. Add an element that does not count."
+        )
+        if x.shape.is_fully_defined():
+            if x.shape.num_elements() == 0:
+                raise ValueError(message)
+            return x
+        if self._program.communication == "nccl":
+            return x
+        with tf.control_dependencies([tf.debugging.assert_positive(tf.size(x), message)]):
+            return tf.identity(x)
 
     def _in_mesh_order(self, x: tf.Tensor) -> tf.Tensor:
         """The members' equal parts along dimension 0, laid as the mesh has the members."""

@@ -7,7 +7,10 @@ equality.
 import contextlib
 import functools
 import itertools
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -483,6 +486,9 @@ def test_a_function_is_traced_once_and_never_taken_for_another(strategy):
         (lambda x: collectives.reduce_scatter(x, SPLIT), "(4, 6), whose 4 is not divisible by 8"),
         (lambda x: collectives.all_to_all(x, SPLIT, 1), "(4, 6), whose 6 is not divisible by 8"),
         (lambda x: collectives.split_to_axis(x, SPLIT), "(4, 6), whose 6 is not divisible by 8"),
+        (lambda x: collectives.all_gather(x[:0], "data"), "all_gather along data takes no tensor"),
+        (lambda x: collectives.all_to_all(x[:0], "data"), "one of shape (2, 0, 6)"),
+        (lambda x: collectives.reduce_scatter(x[:, :0], "data"), "one of shape (2, 2, 0)"),
     ],
 )
 def test_a_misuse_is_named(strategy, call, named):
@@ -490,6 +496,32 @@ def test_a_misuse_is_named(strategy, call, named):
     with pytest.raises(ValueError, match="Received") as error:
         strategy.run(lambda: call(tf.ones((4, 6))))
     assert named in str(error.value)
+
+
+EMPTY = """
+import tensorflow as tf
+from llmos_tf import Mesh, collectives, devices
+from llmos_tf.strategies import MeshStrategy
+
+devices.configure_virtual_cpus(2)
+strategy = MeshStrategy(Mesh(data=2))
+step = lambda n: strategy.run(lambda: collectives.all_gather(tf.ones([n, 3]), "data"))
+try:
+    tf.function(step, autograph=False)(tf.constant(0))
+except tf.errors.OpError as error:
+    print("refused")
+"""
+
+
+def test_nothing_is_refused_when_it_runs():
+    """Catches a process that ends without a word, as TensorFlow divides by a length of zero.
+
+    In a process of its own: after an error no collective of a process can be trusted.
+    """
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-c", EMPTY]
+    result = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert result.stdout == "refused\n", result.stderr[-2000:]
 
 
 def test_outside_a_program():
