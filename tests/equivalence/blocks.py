@@ -86,8 +86,8 @@ def branches(again):
     return script
 
 
-def row(title, script, reference, columns=PAIR_MODEL):
-    return Feature(title, parity(script, reference), columns)
+def row(title, script, reference, columns=PAIR_MODEL, **options):
+    return Feature(title, parity(script, reference), columns, **options)
 
 
 WORDS, PLAIN, KEPT = of_words(), of_numbers(), branches(False)
@@ -108,6 +108,11 @@ FEATURES = [
         of_numbers(mode="list_of_layers", layer_names=["hidden"]),
         PLAIN,
     ),
-    row("`RematScope` and `jit_compile=True`", of_numbers(jit=True, mode="full"), PLAIN),
+    row(
+        "`RematScope` and `jit_compile=True`",
+        of_numbers(jit=True, mode="full"),
+        PLAIN,
+        in_stages=False,
+    ),
     row("`keras.remat` of a function", branches(True), KEPT, ANY_MODEL),
 ]

@@ -78,12 +78,20 @@ COLUMNS = (
         "`MeshStrategy(Mesh(data=2, tensor=2), layout_map=...)`: the kernels of plain `Dense` "
         "layers are cut, the first by columns and the second by rows",
     ),
+    Column(
+        "pipe=2",
+        lambda: MeshStrategy(Mesh(pipe=2, devices=_first(2)), num_microbatches=2),
+        "`MeshStrategy(Mesh(pipe=2), num_microbatches=2)`: the layers are on two devices, and the "
+        "batch goes through them in two parts",
+    ),
 )
 TITLES = tuple(column.title for column in COLUMNS)
 
 # Of every feature a change runs this column, in which both the batch and the parameters are split;
 # of every second one also one of the others, in turn. The rest is nightly.
 ALWAYS = "data=2,fsdp=2"
+# Of a few features every change runs this column too.
+PIPE = "pipe=2"
 # What needs no model of `data.mlp`.
 ANY_MODEL = ("data=2", "data=4", "ZeRO 1", "ZeRO 2", "ZeRO 3", ALWAYS)
 # What has one.

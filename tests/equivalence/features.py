@@ -16,7 +16,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from equivalence.columns import ALWAYS, PAIR_MODEL, Column
+from equivalence.columns import ALWAYS, PAIR_MODEL, PIPE, Column
 
 Script = Callable[[], tuple[keras.Model | None, Callable[[], dict]]]
 
@@ -40,7 +40,8 @@ class Feature:
         title: what the document calls it.
         measure: runs it on a column and returns max |Δweight| to the reference; fails where
             another result differs.
-        columns: titles of the strategies that it is run on.
+        columns: titles of the strategies that it is run on, beside `columns.PIPE`.
+        in_stages: whether the model has layers for two stages and none that sees the whole batch.
         tolerance: how far weights may differ.
         note: what a reader of the document has to know.
     """
@@ -48,6 +49,7 @@ class Feature:
     title: str
     measure: Callable[[Column], float]
     columns: tuple[str, ...] = PAIR_MODEL
+    in_stages: bool = True
     tolerance: Tolerance = FLOAT64
     note: str = ""
 
@@ -68,7 +70,10 @@ def cells_of(features: list[Feature]) -> list[Cell]:
         usual = {ALWAYS}
         if number % 2 == 0:
             usual.add(others[number // 2 % len(others)])
-        cells += [Cell(feature, title, title not in usual) for title in feature.columns]
+        if number % 6 == 1:
+            usual.add(PIPE)
+        titles = (*feature.columns, PIPE) if feature.in_stages else feature.columns
+        cells += [Cell(feature, title, title not in usual) for title in titles]
     return cells
 
 

@@ -70,7 +70,8 @@ FEATURES = [
         f"`{policy}`",
         parity(trained_with(policy)),
         ANY_MODEL,
-        rounding(bits, f"rounding of {policy.removeprefix('mixed_')}"),
+        in_stages=False,
+        tolerance=rounding(bits, f"rounding of {policy.removeprefix('mixed_')}"),
     )
     for policy, bits in (("mixed_float16", 10), ("mixed_bfloat16", 7))
 ]

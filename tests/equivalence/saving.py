@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from equivalence.columns import PAIR_MODEL, Column, column
+from equivalence.columns import PAIR_MODEL, PIPE, Column, column
 from equivalence.data import NUMBERS, fit, mlp
 from equivalence.features import Feature, compare, one_device, run
 
@@ -64,7 +64,8 @@ ON_ONE_DEVICE = goes_on(None, None)
 
 def another(of: Column) -> Column:
     """The next strategy of the table."""
-    return column(PAIR_MODEL[(PAIR_MODEL.index(of.title) + 1) % len(PAIR_MODEL)])
+    titles = (*PAIR_MODEL, PIPE)
+    return column(titles[(titles.index(of.title) + 1) % len(titles)])
 
 
 def to_one_device(column: Column) -> float:

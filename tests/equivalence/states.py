@@ -228,9 +228,16 @@ FEATURES = [
         "`BatchNormalization(synchronized=True)`",
         parity(normalized(lambda: layers.BatchNormalization(momentum=0.8, synchronized=True))),
         ANY_MODEL,
+        in_stages=False,
     ),
-    Feature("`BatchNormalization` per replica", per_replica, ANY_MODEL, note=BY_PARTS),
-    Feature("`Dropout`", dropout, note=BY_PARTS),
+    Feature(
+        "`BatchNormalization` per replica",
+        per_replica,
+        ANY_MODEL,
+        in_stages=False,
+        note=BY_PARTS,
+    ),
+    Feature("`Dropout`", dropout, in_stages=False, note=BY_PARTS),
     Feature("`Dropout`, `set_random_seed` and a shuffled fit", reproducible, note=WITH_ITSELF),
     Feature("`Dropout`, stored and restarted", restart, note=STORED),
 ]

@@ -7,6 +7,8 @@ from equivalence.columns import column
 from equivalence.document import all_cells, figure, name_of, read, render
 
 
+# Of a train_step that does not call Keras's: right on a pipe mesh, and said to be slow.
+@pytest.mark.filterwarnings("ignore:The train_step of .* is no pipeline")
 @pytest.mark.parametrize(
     "cell",
     [
