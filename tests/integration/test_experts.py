@@ -52,6 +52,23 @@ MESHES = {
     "data2-zero2": (Mesh(data=2), {"zero_stage": 2}),
     "tensor2": (Mesh(tensor=2), {}),
 }
+# The loss of load balance is that of a microbatch there, so it has no weight.
+PIPE_MODEL = {"num_layers": 2, "load_balance_weight": 0.0}
+PIPES = [
+    pytest.param(Mesh(pipe=2, expert=2), {}, id="pipe2-expert2"),
+    pytest.param(
+        Mesh(pipe=2, data=2, expert=2),
+        {"schedule": "zb-h1"},
+        id="pipe2-data2-expert2",
+        marks=pytest.mark.nightly,
+    ),
+    pytest.param(
+        Mesh(pipe=2, expert=2, tensor=2),
+        SEQUENCE_PARALLEL,
+        id="pipe2-expert2-tensor2-sp",
+        marks=pytest.mark.nightly,
+    ),
+]
 LIMITED = ("data2-expert2-tensor2", "expert2-context2", "expert2-tensor2-sp")
 
 
@@ -74,15 +91,15 @@ def build(**changes):
 
 
 @functools.cache
-def one_device(capacity_factor=None):
-    return train(lambda: build(capacity_factor=capacity_factor), batches())
+def one_device(**changes):
+    return train(lambda: build(**changes), batches())
 
 
-def check_parity(mesh, capacity_factor=None):
-    reference = one_device(capacity_factor)
-    strategy = MeshStrategy(MESHES[mesh][0], **MESHES[mesh][1])
-    result = train(lambda: build(capacity_factor=capacity_factor), batches(), strategy)
-    assert strategy.num_traces == 1
+def check_parity(strategy, **changes):
+    reference = one_device(**changes)
+    result = train(lambda: build(**changes), batches(), strategy)
+    # One program for each stage.
+    assert strategy.num_traces == strategy.mesh.axis_size("pipe")
     # The load of the experts is among the weights.
     assert max_difference(reference, result) <= TOLERANCE
     np.testing.assert_allclose(result.losses, reference.losses, atol=TOLERANCE, rtol=0)
@@ -93,13 +110,21 @@ def check_parity(mesh, capacity_factor=None):
 def test_mesh_has_the_weights_of_one_device(float64, mesh):
     """Fails for a token that meets another expert or none, a gradient that stays on the rank that
     computed it or is counted twice, or routing losses of a rank's own tokens in place of all."""
-    check_parity(mesh)
+    check_parity(MeshStrategy(MESHES[mesh][0], **MESHES[mesh][1]))
+
+
+@pytest.mark.parametrize(("mesh", "options"), PIPES)
+def test_pipeline_has_the_weights_of_one_device(float64, mesh, options):
+    """Fails if rows of one stage's mixture meet another's, or if the load of a batch is that of its
+    last microbatch."""
+    check_parity(MeshStrategy(mesh, num_microbatches=2, **options), **PIPE_MODEL)
 
 
 @pytest.mark.parametrize("mesh", LIMITED)
 def test_the_same_tokens_have_no_room_on_a_mesh(float64, mesh):
     """Fails if an expert's room is counted over what a rank holds of a sequence."""
-    model = check_parity(mesh, capacity_factor=0.75)
+    strategy = MeshStrategy(MESHES[mesh][0], **MESHES[mesh][1])
+    model = check_parity(strategy, capacity_factor=0.75)
     assert float(model.routing_summary()["moe_dropped"]) > 0.1
 
 
