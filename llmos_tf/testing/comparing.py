@@ -175,7 +175,7 @@ def dropout_row(
     case: Case,
     model: keras.Model,
     layers: dict[str, keras.layers.Layer],
-    drawn: dict[str, np.ndarray],
+    drawn: dict[str, randomness.Draws],
     seeds: dict[str, np.ndarray],
 ) -> Row:
     """Returns the row that says whether random masks differ where they must, and only there.
@@ -202,7 +202,7 @@ def dropout_row(
 
 def _unlike_copies(variable: ShardedVariable) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Copies of a part that are not the same: which ranks hold them, and what they hold."""
-    if isinstance(variable, SeedVariable):
+    if isinstance(variable, SeedVariable) or variable.waits:
         return {}
     mesh = variable.mesh
     cut = [axis for axis in (*variable.layout.dims, *variable.layout.flat) if axis is not None]
@@ -211,6 +211,8 @@ def _unlike_copies(variable: ShardedVariable) -> dict[str, tuple[np.ndarray, np.
     ranks = variable.distribute_strategy.extended.local_ranks
     for rank, component in zip(ranks, variable.values, strict=True):
         where = mesh.coordinate(rank)
+        if not variable.layout.is_on(where["pipe"]):
+            continue
         value = np.asarray(component.numpy(), np.float64)
         other, held = first.setdefault(tuple(where[axis] for axis in cut), (rank, value))
         if not np.array_equal(held, value, equal_nan=True):

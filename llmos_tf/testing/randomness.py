@@ -6,8 +6,8 @@ each rank that has other rows, the same one on ranks that have the same rows.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
@@ -15,6 +15,7 @@ import tensorflow as tf
 
 from llmos_tf import _internal, collectives
 from llmos_tf.layers import Dropout
+from llmos_tf.layers.stream import Stream, current_stream, entered
 from llmos_tf.mesh import AXES, BATCH_AXES
 from llmos_tf.program import current_program
 from llmos_tf.testing.cases import Case
@@ -23,6 +24,26 @@ from llmos_tf.testing.cases import Case
 _RATES = ("rate", "dropout", "recurrent_dropout", "stddev")
 # Masks are drawn at this rate and of so many rows, so that two are never alike by chance.
 _RATE, _ROWS, _TIMES = 0.5, 8, 8
+
+
+class Draws(NamedTuple):
+    """What the ranks of a mesh drew in a layer.
+
+    Attributes:
+        values: ``[ranks, ...]``: masks of a layer that the model calls with one tensor, else the
+            seeds that its generator gives. On one device one rank.
+        stream_axes: mesh axes along which the layer's input is split (`layers.stream`).
+    """
+
+    values: np.ndarray
+    stream_axes: tuple[str, ...] = ()
+
+
+class _Input(NamedTuple):
+    """What a layer is called with, and in which stream."""
+
+    spec: tf.TensorSpec
+    stream: Stream | None
 
 
 def random_layers(model: keras.Model) -> dict[str, keras.layers.Layer]:
@@ -92,7 +113,7 @@ def moved_layer(before: dict[str, np.ndarray], after: dict[str, np.ndarray]) -> 
 
 def draw(
     model: keras.Model, layers: dict[str, keras.layers.Layer], inputs: Any
-) -> dict[str, np.ndarray]:
+) -> dict[str, Draws]:
     """Lets layers draw on every rank, from the same inputs on all of them.
 
     Args:
@@ -101,12 +122,11 @@ def draw(
         inputs: some rows for the model.
 
     Returns:
-        What each rank drew, ``[ranks, ...]`` by the layer's path: masks of a layer that the model
-        calls with one tensor, else the seed that its generator gives. On one device one rank.
+        What they drew, by the layer's path.
     """
+    inputs_of: dict[str, _Input] = {}
 
     def program(inputs):
-        inputs_of: dict[str, tf.TensorSpec] = {}
         with _noting_inputs(layers, inputs_of):
             model(inputs, training=True)
         drawn = {path: _drawn(layer, inputs_of.get(path)) for path, layer in layers.items()}
@@ -116,12 +136,12 @@ def draw(
 
     inputs = tf.nest.map_structure(tf.convert_to_tensor, inputs)
     results = model.distribute_strategy.run(program, args=(inputs,))
-    return {
-        path: (value.values[0] if isinstance(value, tf.distribute.DistributedValues) else value)
-        .numpy()
-        .copy()
-        for path, value in results.items()
-    }
+    draws = {}
+    for path, value in results.items():
+        value = value.values[0] if isinstance(value, tf.distribute.DistributedValues) else value
+        stream = inputs_of[path].stream if path in inputs_of else None
+        draws[path] = Draws(value.numpy().copy(), () if stream is None else stream.axes)
+    return draws
 
 
 def wrong_draws(case: Case, drawn: dict, layers: dict) -> Iterator[tuple[str, str]]:
@@ -136,12 +156,14 @@ def wrong_draws(case: Case, drawn: dict, layers: dict) -> Iterator[tuple[str, st
         Pairs.
     """
     mesh = case.mesh
-    for path, values in drawn.items():
-        split = _is_split_over_tensor(layers[path], case)
+    for path, (values, stream_axes) in drawn.items():
+        split_by = {*BATCH_AXES, *stream_axes}
+        if _is_split_over_tensor(layers[path], case):
+            split_by.add("tensor")
         for rank in range(1, mesh.size):
             for other in range(rank):
                 axes = _differing(mesh, rank, other)
-                apart = bool(set(axes) & set(BATCH_AXES)) or (split and "tensor" in axes)
+                apart = bool(split_by.intersection(axes))
                 if np.array_equal(values[rank], values[other]) == apart:
                     where = "other parts of the activation" if apart else "the same activation"
                     yield (
@@ -165,19 +187,21 @@ def _is_split_over_tensor(layer: keras.layers.Layer, case: Case) -> bool:
     return isinstance(layer, Dropout) and (layer.split_over_tensor or case.sequence_parallel)
 
 
-def _drawn(layer: keras.layers.Layer, spec: tf.TensorSpec | None) -> tf.Tensor:
-    """What a layer draws: masks where it is known what it is called with, else a seed."""
-    if spec is None or not isinstance(vars(layer).get("rate"), float):
-        return tf.cast(layer._seed_generators[0].next(), tf.int64)
+def _drawn(layer: keras.layers.Layer, called: _Input | None) -> tf.Tensor:
+    """What a layer draws: masks where it is known what it is called with, else seeds, as many."""
+    if called is None or not isinstance(vars(layer).get("rate"), float):
+        seeds = [layer._seed_generators[0].next() for _ in range(_TIMES)]
+        return tf.cast(tf.stack(seeds), tf.int64)
     layer.rate = _RATE
-    ones = tf.ones(spec.shape, spec.dtype)
-    masks = [layer(ones, training=True) for _ in range(_TIMES)]
+    ones = tf.ones(called.spec.shape, called.spec.dtype)
+    with nullcontext() if called.stream is None else entered(called.stream):
+        masks = [layer(ones, training=True) for _ in range(_TIMES)]
     layer.rate = 0.0
     return tf.stack(masks)
 
 
 @contextmanager
-def _noting_inputs(layers: dict[str, keras.layers.Layer], specs: dict) -> Iterator[None]:
+def _noting_inputs(layers: dict[str, keras.layers.Layer], inputs: dict) -> Iterator[None]:
     """Notes for each layer that is called what its input is like."""
 
     def noting(path):
@@ -186,7 +210,8 @@ def _noting_inputs(layers: dict[str, keras.layers.Layer], specs: dict) -> Iterat
                 if args and tf.is_tensor(args[0]) and args[0].dtype.is_floating:
                     shape = [_ROWS, *args[0].shape[1:]]
                     if all(length is not None for length in shape):
-                        specs.setdefault(path, tf.TensorSpec(shape, args[0].dtype))
+                        spec = tf.TensorSpec(shape, args[0].dtype)
+                        inputs.setdefault(path, _Input(spec, current_stream()))
                 return original(*args, **kwargs)
 
             return call

@@ -4,6 +4,7 @@ What is expected is computed here from the mesh, the options and the layout rule
 the variables: a variable that was made whole says of itself that it is whole.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -85,17 +86,18 @@ def _on_each_rank(
     path: str, variable: keras.Variable, layout: Layout, mesh: Mesh
 ) -> Iterator[Stored]:
     inner: Any = getattr(variable, "_value", variable)
-    parts = {}
+    parts, stages = {}, None
     if isinstance(inner, ShardedVariable):
         ranks = inner.distribute_strategy.extended.local_ranks
         parts = dict(zip(ranks, inner.values, strict=True))
+        # Only how the model was cut says which.
+        stages = inner.layout.stages
     shape = layout.part_shape(tuple(variable.shape), mesh)
     size = inner.dtype.size
     for rank, device in enumerate(mesh.devices):
         part = parts.get(rank)
         is_there = part is not None and part.device == device
         actual = part.shape.num_elements() * size if is_there else 0
-        expected = size
-        for length in shape:
-            expected *= length
+        is_held = stages is None or mesh.coordinate(rank)["pipe"] in stages
+        expected = size * math.prod(shape) if is_held else 0
         yield Stored(path, rank, expected, actual)

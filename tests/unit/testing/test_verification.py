@@ -15,7 +15,7 @@ from llmos_tf.sharding import SeedVariable, ShardedVariable
 from llmos_tf.strategies import update
 from llmos_tf.testing import verify
 from llmos_tf.testing.cases import Case
-from llmos_tf.testing.randomness import wrong_draws
+from llmos_tf.testing.randomness import Draws, wrong_draws
 
 _rng = np.random.default_rng(0)
 BATCHES = [(_rng.normal(size=(rows, 6)), _rng.normal(size=(rows, 1))) for rows in (6, 5)]
@@ -42,9 +42,9 @@ def failures(build, mesh=None, **options):
 
 
 def test_a_language_model_on_every_axis():
-    """Fails if token batches, layouts of the model's own, dropout that is split over heads, or
-    positions split over `tensor` are compared in another way than they are run, or more of
-    endless batches are taken than steps."""
+    """Fails if token batches, layouts of the model's own, dropout that is split over heads, over
+    positions of `tensor` or of `context`, or weights that only one stage has are compared in
+    another way than they are run, or more of endless batches are taken than steps."""
 
     def build():
         config = GPTConfig(
@@ -52,7 +52,7 @@ def test_a_language_model_on_every_axis():
             max_positions=4,
             hidden_size=8,
             num_heads=2,
-            num_layers=1,
+            num_layers=2,
             dropout=0.2,
         )
         model = GPT(config)
@@ -61,10 +61,12 @@ def test_a_language_model_on_every_axis():
 
     tokens = np.random.default_rng(1).integers(0, 11, (2, 4, 4)).astype("int32")
     batches = itertools.cycle((rows, rows) for rows in tokens)
-    report = verify(build, batches, [Mesh(fsdp=2, tensor=2)], steps=3, sequence_parallel=True)
+    meshes = [Mesh(fsdp=2, tensor=2), Mesh(pipe=2, context=2)]
+    report = verify(build, batches, meshes, steps=3, sequence_parallel=True)
     assert report.agrees, report.failures
     assert report.steps == 3
-    assert [row.feature for row in report.rows][-2:] == ["storage", "dropout"]
+    features = ["gradients", "weights", "loss", "storage", "dropout"]
+    assert [row.feature for row in report.rows] == 2 * features
     assert report.rows[0].parallelism == "ZeRO stage 3 + tensor parallel + sequence parallel"
     assert keras.config.dtype_policy().name == "float32"
 
@@ -265,8 +267,8 @@ def test_masks_along_each_axis():
     right, shared, apart = ([0, 0, 1, 1], [0, 0, 0, 0], [0, 1, 2, 3])
     plain, split = layers.Dropout(0.5), Dropout(0.5, split_over_tensor=True)
 
-    def wrong(draws, layer):
-        drawn = {"layer": np.array(draws)[:, np.newaxis]}
+    def wrong(draws, layer, *stream_axes):
+        drawn = {"layer": Draws(np.array(draws)[:, np.newaxis], stream_axes)}
         return [text for _, text in wrong_draws(case, drawn, {"layer": layer})]
 
     assert wrong(right, plain) == []
@@ -276,6 +278,10 @@ def test_masks_along_each_axis():
     (text,) = wrong(apart, plain)
     assert "different masks on ranks 0 and 1, which differ on tensor" in text
     (text,) = wrong(right, split)
+    assert "the same mask on ranks 0 and 1, which differ on tensor" in text
+    # What is split along `tensor` by the stream is as along `context`.
+    assert wrong(apart, plain, "tensor") == []
+    (text,) = wrong(right, plain, "tensor")
     assert "the same mask on ranks 0 and 1, which differ on tensor" in text
 
 
