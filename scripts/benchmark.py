@@ -7,13 +7,14 @@ A run is a mesh, 1 for one device, with what MeshStrategy takes besides: MESH:na
 schedule, microbatches, num_chunks, zero_stage, context_method and sequence_parallel. Each has a
 process of its own, and they take turns: in each round every run does some steps while the others
 rest, so that what else the machine does meets all of them. Ratios are to the first run, round by
-round. The model is a GPT, the optimizer AdamW, everything float32.
+round. The model is a GPT on 128 tokens, the optimizer AdamW, everything float32.
 """
 
 import json
 import statistics
 import subprocess
 import sys
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,11 @@ class _Worker:
         job = options.job(candidate)
         command = [sys.executable, "-m", "llmos_tf.scripts.benchmark_worker", json.dumps(job)]
         pipe = subprocess.PIPE
-        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+        # A file, which does not fill up while nobody reads it.
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by `end`)
+        self._process = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, stderr=self._errors, text=True
+        )
         self.first = self._answer() or {}
 
     def take_steps(self, count: int) -> None:
@@ -89,15 +94,18 @@ class _Worker:
 
     def end(self) -> None:
         """Ends the process."""
-        if self._process.poll() is None:
-            self._process.stdin.close()
-            self._process.wait()
+        self._process.stdin.close()
+        self._process.wait()
+        self._process.stdout.close()
+        self._errors.close()
 
     def _answer(self) -> dict[str, Any] | None:
         line = self._process.stdout.readline()
         if line:
             return json.loads(line)
-        lines = self._process.stderr.read().strip().splitlines()
+        self._process.wait()
+        self._errors.seek(0)
+        lines = self._errors.read().strip().splitlines()
         self.error = lines[-1] if lines else "it ended without a word"
         return None
 
