@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import tensorflow as tf
 
-from llmos_tf.collectives import with_length
+from llmos_tf.collective_ops import with_length
 from llmos_tf.point_to_point import Edge
 from llmos_tf.program import ReplicaProgram
 from llmos_tf.strategies.pipeline.loops import Queue, repeat

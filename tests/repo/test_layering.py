@@ -33,6 +33,7 @@ RANKS = {
     "llmos_tf.blocks": 2,
     "llmos_tf.graph_cuts": 2,
     "llmos_tf.point_to_point": 2,
+    "llmos_tf.collective_ops": 2,
     "llmos_tf.collectives": 2,
     "llmos_tf.batch": 2,
     "llmos_tf.sharding": 2,

@@ -24,7 +24,15 @@ FOLDERS = {
     "scripts": "llmos_tf/scripts",
 }
 # Modules of llmos_tf that users have no business with, beside those with an underscore.
-INNER = {"agreement", "batch", "blocks", "graph_cuts", "point_to_point", "program"}
+INNER = {
+    "agreement",
+    "batch",
+    "blocks",
+    "collective_ops",
+    "graph_cuts",
+    "point_to_point",
+    "program",
+}
 
 
 def setup_cfg() -> configparser.ConfigParser:
