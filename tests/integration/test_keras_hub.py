@@ -166,6 +166,22 @@ def test_fit_and_generate(float64, family, mesh):
     assert kernels <= cut
 
 
+@pytest.mark.parametrize(
+    ("family", "mesh", "rank"),
+    [
+        ("llama", Mesh(pipe=2), 2),
+        ("mistral", Mesh(pipe=2), 0),
+        ("gemma", Mesh(pipe=2, tensor=2), 0),
+    ],
+    ids=str,
+)
+def test_pipeline(float64, family, mesh, rank):
+    """Fails if what a backbone computes between its layers is lost at a cut, such as rotary
+    positions or a causal mask, or if layers of a frozen backbone and adapters are told apart."""
+    model = check(family, MeshStrategy(mesh), rank=rank)
+    assert {(0,), (1,)} <= {variable.value.layout.stages for variable in model.weights}
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma"])
 def test_a_familys_own_layout_map(float64, family):
     """Fails if the layout map of KerasHub, written as its documentation says, is refused, or if its
