@@ -1,5 +1,6 @@
 """The trace of a step of a model on one microbatch, of which the parts of a pipeline are cut."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ class Unit(NamedTuple):
 
     Attributes:
         name: of the layer.
-        models: names of the models around it, outermost first.
+        models: names of the models and stacks of blocks around it, outermost first.
         begin: number of ops of the graph before it.
         weights: of the layer, as variables of the mesh.
     """
@@ -203,13 +204,13 @@ class ModelTrace:
         """
         if self._in_unit or tf.compat.v1.get_default_graph() is not self.graph:
             yield
-        elif isinstance(layer, keras.Model):
+        elif isinstance(layer, keras.Model) or _is_stack(layer):
             begin, before = self.graph.version, len(self.units)
             self._models.append(layer.name)
             yield
             self._models.pop()
             if self._models and len(self.units) == before:
-                # A model inside that is one block, as where it is rematerialised.
+                # One block, as where it is rematerialised.
                 self._add_unit(layer, begin)
         else:
             self._add_unit(layer, self.graph.version)
@@ -226,6 +227,22 @@ class ModelTrace:
         models = tuple(self._models)
         weights = tuple(getattr(v, "_value", v) for v in layer.variables)
         self.units.append(Unit(layer.name, models, begin, weights))
+
+
+def _is_stack(layer: keras.layers.Layer) -> bool:
+    """Whether a layer is mostly blocks of one kind, as an encoder that is no model is."""
+    parts = [part for part in layer._layers if part.weights]
+    by_class: dict[type, list[Any]] = {}
+    for part in parts:
+        if any(inner.weights for inner in part._layers):
+            by_class.setdefault(type(part), []).append(part)
+    largest = max(by_class.values(), key=_num_elements, default=[])
+    # Not half: of a decoder's block that much is attention, to itself and to an encoder.
+    return len(largest) > 1 and _num_elements(largest) > 0.75 * _num_elements([layer])
+
+
+def _num_elements(layers: list[Any]) -> int:
+    return sum(math.prod(weight.shape) for layer in layers for weight in layer.weights)
 
 
 def trace_program(

@@ -50,6 +50,49 @@ def test_a_weight_is_on_the_stages_that_use_it():
     assert not strategy.extended.waiting
 
 
+class Pair(keras.layers.Layer):
+    """Two layers, with a width inside of their own."""
+
+    def __init__(self, width=16):
+        super().__init__()
+        self.up, self.down = keras.layers.Dense(width), keras.layers.Dense(16)
+
+    def call(self, x):
+        return x + self.down(self.up(x))
+
+
+class Composed(keras.layers.Layer):
+    """Layers one after another, in a layer that is no model."""
+
+    def __init__(self, inside):
+        super().__init__(name="composed")
+        self.inside = inside
+
+    def call(self, x):
+        for layer in self.inside:
+            x = layer(x)
+        return x
+
+
+def test_a_stack_that_is_no_model_is_cut():
+    """Fails if the blocks of an encoder go to one stage because a layer holds them, or if a block
+    is cut in the middle because two of the layers that it holds are alike."""
+
+    def around(*inside):
+        layer = Composed(inside)
+        ends = [keras.layers.Dense(16) for _ in range(2)]
+        return keras.Sequential([keras.Input([16]), ends[0], layer, ends[1]]), layer
+
+    (model, stack), strategy = placed(lambda: around(Pair(), Pair(), Pair(), Pair()))
+    strategy.extended.place(model)
+    assert [stages_of(pair) for pair in stack.inside] == 2 * [{(0,)}] + 2 * [{(1,)}]
+    (model, block), strategy = placed(
+        lambda: around(Pair(), Pair(), keras.layers.Dense(256), keras.layers.Dense(16))
+    )
+    strategy.extended.place(model)
+    assert len(stages_of(block)) == 1
+
+
 def test_optimizer_state_goes_with_its_weight():
     """Fails if state that was made before the model is cut stays behind, or is everywhere."""
 
