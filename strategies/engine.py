@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from llmos_tf import _internal, batch
 from llmos_tf.program import ReplicaProgram
-from llmos_tf.sharding.variables import average_statistics, check_owner
+from llmos_tf.sharding.writing import average_statistics, check_owner
 
 # Functions that were called eagerly, for each strategy. A function that is made anew for each call,
 # as `strategy.reduce(..., axis=0)` does, must not be kept, with all that it refers to, for ever.
