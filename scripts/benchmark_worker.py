@@ -5,7 +5,6 @@ to, line by line; in between it rests, so that the runs can take turns. It answe
 """
 
 import json
-import resource
 import sys
 import time
 from typing import Any
@@ -16,6 +15,7 @@ import tensorflow as tf
 
 from llmos_tf import devices
 from llmos_tf.layers import TokenCrossEntropy
+from llmos_tf.memory import peak_resident_bytes
 from llmos_tf.mesh import Mesh
 from llmos_tf.models import GPT, GPTConfig
 from llmos_tf.strategies import MeshStrategy
@@ -67,7 +67,7 @@ def main() -> None:
             start = time.perf_counter()
             step()
             times.append(time.perf_counter() - start)
-        _answer(times=times, peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        _answer(times=times, peak_bytes=peak_resident_bytes())
 
 
 def _answer(**values: Any) -> None:

@@ -37,6 +37,8 @@ MESHES = {
     "data2-tensor2-sequence": {"data": 2, "tensor": 2},
     "data2-fsdp2-tensor2": {"data": 2, "fsdp": 2, "tensor": 2},
 }
+# With every change; the others are nightly.
+USUAL = ("data2", "data2-fsdp2-tensor2")
 OPTIONS = {"data4-zero1": {"zero_stage": 1}, "data2-tensor2-sequence": {"sequence_parallel": True}}
 
 
@@ -82,7 +84,10 @@ def one_device():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MESHES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[] if n in USUAL else pytest.mark.nightly) for n in MESHES],
+)
 def test_losses_of_a_mesh_are_one_devices_at_every_step(name):
     """Fails if a mesh trains otherwise than one device, in a way that five steps are too short or
     float64 is too exact to show; or if a change moves the numbers of one device."""

@@ -5,7 +5,6 @@ has held much before would show nothing. Run as a program, this file is that pro
 """
 
 import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 
 from llmos_tf import Mesh, devices
+from llmos_tf.memory import peak_resident_bytes
 from llmos_tf.strategies import MeshStrategy
 
 STAGES, MICROBATCHES, ROWS, WIDTH = 2, 16, 32768, 64
@@ -31,10 +31,10 @@ def peak_bytes(schedule: str) -> int:
         model.compile("sgd", "mse")
     few = np.zeros([MICROBATCHES, 1], "float32")
     model.train_on_batch(few, few)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_resident_bytes()
     rows = np.zeros([MICROBATCHES * ROWS, 1], "float32")
     model.train_on_batch(rows, rows)
-    return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    return peak_resident_bytes() - before
 
 
 @pytest.mark.slow

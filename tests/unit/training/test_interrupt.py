@@ -8,6 +8,14 @@ import pytest
 from llmos_tf.training.interrupt import GracefulStop
 
 
+@pytest.fixture(autouse=True)
+def usual_handler():
+    """Python's own, which it does not set in a process that was started in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_first_signal_is_noted(number):
     """Fails if a signal ends the program at once, or is not seen between two steps."""
