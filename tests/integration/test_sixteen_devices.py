@@ -1,4 +1,4 @@
-"""Products of four axes on sixteen devices have the weights of one, in float64.
+"""Products of three and four axes on sixteen devices have the weights of one, in float64.
 
 The other tests share a process with eight devices; this file, run as a program, is one with
 sixteen. The tolerance is that of `test_parity`.
