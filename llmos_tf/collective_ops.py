@@ -9,8 +9,9 @@ from collections.abc import Iterable
 import tensorflow as tf
 
 from llmos_tf.blocks import NotABlock
+from llmos_tf.collective_keys import MAX_INSTANCES
 from llmos_tf.point_to_point import Edge
-from llmos_tf.program import MAX_INSTANCES, ReplicaProgram, require_program
+from llmos_tf.program import ReplicaProgram, require_program
 
 Axes = str | Iterable[str]
 

@@ -159,7 +159,7 @@ class LanguageModel(keras.Model):
             logits = self.score(x)
         return _left(stream, logits)
 
-    def check_inputs(self, inputs: Any, mesh: Mesh, options: Any) -> None:
+    def check_inputs_on_mesh(self, inputs: Any, mesh: Mesh, options: Any) -> None:
         """Checks that a mesh can split a batch; its strategy calls this before a step is traced.
 
         Args:

@@ -14,7 +14,6 @@ Glossary:
 - *microbatch*, *stage*, *schedule*: the units of a pipeline.
 """
 
-import dataclasses
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -22,9 +21,10 @@ from typing import Any
 import tensorflow as tf
 
 from llmos_tf import _internal, batch, collectives, devices
+from llmos_tf.collective_keys import CollectiveKeys
 from llmos_tf.mesh import BATCH_AXES, Mesh
-from llmos_tf.program import CollectiveKeys, current_program, require_program
-from llmos_tf.sharding import Layout, LayoutRules, MetricVariable, SeedVariable, ShardedVariable
+from llmos_tf.program import current_program, require_program
+from llmos_tf.sharding import LayoutRules, ShardedVariable
 from llmos_tf.strategies import reductions
 from llmos_tf.strategies.engine import Engine
 from llmos_tf.strategies.input import deal_dataset, split_batch, split_dataset
@@ -37,6 +37,7 @@ from llmos_tf.strategies.options import MeshOptions
 from llmos_tf.strategies.pipeline.placement import place_before_a_step
 from llmos_tf.strategies.pipeline.steps import hook_steps, place_model_of, warn_if_not_pipelined
 from llmos_tf.strategies.replica_functions import check_inputs
+from llmos_tf.strategies.variable_making import make_variable
 
 
 class MeshExtended(_internal.MirroredExtended):
@@ -296,105 +297,8 @@ class MeshExtended(_internal.MirroredExtended):
         values = [value_fn(context(i, self._num_replicas_in_sync)) for i in self.local_batch_parts]
         return _internal.regroup(tuple(values), always_wrap=True)
 
-    # --- variables -------------------------------------------------------------------------------
-
     def _create_variable(self, next_creator, **kwargs):
-        beside = kwargs.pop("colocate_with", None)
-        name = kwargs.get("name") or "variable"
-        path = "/".join(filter(None, (_internal.current_path(), name)))
-        if kwargs.get("synchronization") == tf.VariableSynchronization.ON_READ:
-            return self._create_metric_variable(next_creator, name, kwargs)
-        initial = _initial_value(kwargs)
-        shape = tuple(initial.shape)
-        layout, update_layout = self._layouts_for(path, shape, kwargs, beside)
-        kind = SeedVariable if name == "seed_generator_state" else ShardedVariable
-
-        def make(value, layout):
-            return self._create_components(next_creator, name, kwargs, value, layout)
-
-        # Which stages hold a weight is known when its model is cut. The rest is on all of them.
-        waits = self.mesh.axis_size("pipe") > 1 and kind is ShardedVariable and shape != ()
-        waits = waits and layout.stages is None
-        variable = kind(
-            self._container_strategy(),
-            self._on_host(next_creator, name, kwargs, initial) if waits else make(initial, layout),
-            kwargs.get("aggregation") or tf.VariableAggregation.NONE,
-            layout,
-            update_layout,
-            shape,
-            path,
-        )
-        if waits:
-            variable.wait(make)
-            is_state = isinstance(beside, ShardedVariable) and beside.waits
-            (beside.companions if is_state else self.waiting).append(variable)
-        if kind is SeedVariable:
-            variable.assign(initial)
-        return variable
-
-    def _on_host(self, next_creator, name, kwargs, initial) -> list[tf.Variable]:
-        """One variable in place of all components."""
-        with tf.init_scope(), _internal.stop_recording(), tf.device("CPU:0"):
-            variable = next_creator(**_component_arguments(kwargs, name, initial))
-        return [variable] * len(self.local_ranks)
-
-    def _layouts_for(self, path, shape, kwargs, beside) -> tuple[Layout, Layout]:
-        """Layout in storage and layout for the optimizer."""
-        if isinstance(beside, ShardedVariable) and tuple(beside.shape) == shape:
-            # Optimizer state is created beside its variable and cut as the optimizer sees it.
-            return beside.update_layout, beside.update_layout
-        trainable = kwargs.get("trainable") is not False
-        dtype = tf.as_dtype(kwargs.get("dtype") or tf.float32)
-        layout = self.layout_rules.find(path, shape, trainable)
-        # A scalar is not worth cutting, and an optimizer's own counters look like weights.
-        if not (trainable and dtype.is_floating and shape):
-            return layout, layout
-        flat = ("fsdp",) if "fsdp" not in layout.dims else ()
-        layout = dataclasses.replace(layout, flat=flat).effective(self.mesh)
-        more = ("data",) if self.options.zero_stage in (1, 2) else ()
-        update_layout = dataclasses.replace(layout, flat=layout.flat + more)
-        return layout, update_layout.effective(self.mesh)
-
-    def _create_components(self, next_creator, name, kwargs, initial, layout):
-        components = []
-        for position, device in enumerate(self._devices):
-            rank = self.local_ranks[position]
-            with tf.init_scope(), _internal.stop_recording():
-                with tf.device("CPU:0"):
-                    part = layout.part_of(initial, self.mesh, rank)
-                with tf.device(device):
-                    own_name = name if position == 0 else f"{name}/rank_{rank}/"
-                    components.append(next_creator(**_component_arguments(kwargs, own_name, part)))
-        return components
-
-    def _create_metric_variable(self, next_creator, name, kwargs):
-        initial = _initial_value(kwargs)
-        layout = Layout((None,) * initial.shape.rank)
-        components = self._create_components(next_creator, name, kwargs, initial, layout)
-        return MetricVariable(self._container_strategy(), components, kwargs["aggregation"])
-
-
-def _initial_value(kwargs: dict) -> tf.Tensor:
-    """The full initial value, computed once, on the host: what one device would start with."""
-    initial = kwargs["initial_value"]
-    with tf.init_scope(), _internal.stop_recording(), tf.device("CPU:0"):
-        value = initial() if callable(initial) else initial
-        return tf.convert_to_tensor(value, dtype=kwargs.get("dtype"))
-
-
-def _component_arguments(kwargs: dict, name: str, value: tf.Tensor) -> dict:
-    """What the maker of a plain variable is told, for one component."""
-    return {
-        **kwargs,
-        "shape": None,
-        "aggregation": tf.VariableAggregation.NONE,
-        "synchronization": tf.VariableSynchronization.AUTO,
-        # An optimizer may be built while a program is traced. TensorFlow would put an initializer
-        # for each rank's variable into the one program.
-        "experimental_enable_variable_lifting": False,
-        "name": name,
-        "initial_value": value,
-    }
+        return make_variable(self, next_creator, kwargs)
 
 
 def _is_number(dtype: tf.DType) -> bool:

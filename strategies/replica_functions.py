@@ -51,8 +51,8 @@ def check_inputs(extended: Any, fn: Callable, args: tuple) -> None:
         args: its arguments.
 
     Raises:
-        ValueError: by the model's `check_inputs`, if it has one.
+        ValueError: by the model's `check_inputs_on_mesh`, if it has one.
     """  # noqa: DOC502
-    check = getattr(model_of(fn), "check_inputs", None)
+    check = getattr(model_of(fn), "check_inputs_on_mesh", None)
     if check is not None:
         check(inputs_of(args), extended.mesh, extended.options)

@@ -15,66 +15,27 @@ class WrittenByParts:
     Outside a program each local rank gets its part. Inside one, a rank assigns what all ranks have
     computed alike, an elementwise update its own part, and a layer a statistic of its own rows,
     which are averaged when somebody reads them.
+
+    Methods have TensorFlow's signatures; of their arguments only the value means something here.
+    They return the variable.
     """
 
     def assign(
-        self,
-        value: Any,
-        use_locking: bool = False,
-        name: str | None = None,
-        read_value: bool = True,
+        self, value: Any, use_locking: Any = None, name: Any = None, read_value: Any = True
     ) -> "WrittenByParts":
-        """Stores a full tensor, or in a program also a rank's own part.
-
-        Args:
-            value: the full value; in an elementwise update, a part.
-            use_locking: passed on.
-            name: passed on.
-            read_value: passed on.
-
-        Returns:
-            This variable.
-        """
+        """Stores a full value; in an elementwise update the rank's own part."""
         return self._write("assign", value)
 
     def assign_add(
-        self,
-        value: Any,
-        use_locking: bool = False,
-        name: str | None = None,
-        read_value: bool = True,
+        self, value: Any, use_locking: Any = None, name: Any = None, read_value: Any = True
     ) -> "WrittenByParts":
-        """Adds; arguments as in `assign`.
-
-        Args:
-            value: what to add.
-            use_locking: passed on.
-            name: passed on.
-            read_value: passed on.
-
-        Returns:
-            This variable.
-        """
+        """Adds a value, given as to `assign`."""
         return self._write("assign_add", value)
 
     def assign_sub(
-        self,
-        value: Any,
-        use_locking: bool = False,
-        name: str | None = None,
-        read_value: bool = True,
+        self, value: Any, use_locking: Any = None, name: Any = None, read_value: Any = True
     ) -> "WrittenByParts":
-        """Subtracts; arguments as in `assign`.
-
-        Args:
-            value: what to subtract.
-            use_locking: passed on.
-            name: passed on.
-            read_value: passed on.
-
-        Returns:
-            This variable.
-        """
+        """Subtracts a value, given as to `assign`."""
         return self._write("assign_sub", value)
 
     def _write(self, method: str, value: Any) -> "WrittenByParts":
@@ -171,48 +132,21 @@ class WrittenByParts:
         )
 
     def scatter_add(
-        self, sparse_delta: tf.IndexedSlices, use_locking: bool = False, name: str | None = None
+        self, sparse_delta: tf.IndexedSlices, use_locking: Any = None, name: Any = None
     ) -> "WrittenByParts":
-        """Adds `tf.IndexedSlices`, densely.
-
-        Args:
-            sparse_delta: the slices.
-            use_locking: passed on.
-            name: passed on.
-
-        Returns:
-            This variable.
-        """
+        """Adds `tf.IndexedSlices`, densely."""
         return self.assign_add(self._dense(sparse_delta))
 
     def scatter_sub(
-        self, sparse_delta: tf.IndexedSlices, use_locking: bool = False, name: str | None = None
+        self, sparse_delta: tf.IndexedSlices, use_locking: Any = None, name: Any = None
     ) -> "WrittenByParts":
-        """Subtracts `tf.IndexedSlices`, densely.
-
-        Args:
-            sparse_delta: the slices.
-            use_locking: passed on.
-            name: passed on.
-
-        Returns:
-            This variable.
-        """
+        """Subtracts `tf.IndexedSlices`, densely."""
         return self.assign_sub(self._dense(sparse_delta))
 
     def scatter_update(
-        self, sparse_delta: tf.IndexedSlices, use_locking: bool = False, name: str | None = None
+        self, sparse_delta: tf.IndexedSlices, use_locking: Any = None, name: Any = None
     ) -> "WrittenByParts":
-        """Sets rows to those of `tf.IndexedSlices`.
-
-        Args:
-            sparse_delta: the slices.
-            use_locking: passed on.
-            name: passed on.
-
-        Returns:
-            This variable.
-        """
+        """Sets rows to those of `tf.IndexedSlices`."""
         rows = tf.convert_to_tensor(sparse_delta.indices)[:, tf.newaxis]
         return self.assign(tf.tensor_scatter_nd_update(self.read(), rows, sparse_delta.values))
 

@@ -82,7 +82,8 @@ COLUMNS = (
         "pipe=2",
         lambda: MeshStrategy(Mesh(pipe=2, devices=_first(2)), num_microbatches=2),
         "`MeshStrategy(Mesh(pipe=2), num_microbatches=2)`: the layers are on two devices, and the "
-        "batch goes through them in two parts",
+        "batch goes through them in two parts; `·` where a script's model has one layer only, or "
+        "one that has to see the whole batch",
     ),
 )
 TITLES = tuple(column.title for column in COLUMNS)

@@ -13,8 +13,8 @@ SMALL = (
 
 
 def test_runs_take_turns(run_program, tmp_path):
-    """Fails if a run is not the one that was asked for, or if one that fails takes the others along
-    or is not told."""
+    """Fails if runs have other weights or data, a ratio is not to the first one, or a run that
+    fails takes the others along or is not told."""
     path = tmp_path / "out.json"
     runs = ("--run=1", "--run=pipe=2:microbatches=4,schedule=zb-h1", "--run=pipe=4")
     result = run_program(benchmark, *runs, *SMALL, f"--json={path}")

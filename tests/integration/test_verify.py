@@ -10,8 +10,7 @@ import tensorflow as tf
 from llmos_tf import batch
 from llmos_tf.scripts import verify
 from llmos_tf.sharding import Layout, SeedVariable
-from llmos_tf.strategies import gradients, keras_hooks
-from llmos_tf.strategies.base import MeshExtended
+from llmos_tf.strategies import gradients, keras_hooks, variable_making
 
 # A module as a user writes it. Batches are uneven, and both inputs and weights are there.
 SOURCE = """
@@ -189,14 +188,14 @@ def shared_masks(patch):
 
 
 def made_whole(patch):
-    original = MeshExtended._layouts_for
+    original = variable_making._layouts
 
-    def layouts_for(self, path, shape, kwargs, beside):
+    def layouts(extended, path, shape, kwargs, beside):
         if path == "hidden/kernel":
             return (Layout((None, None)),) * 2
-        return original(self, path, shape, kwargs, beside)
+        return original(extended, path, shape, kwargs, beside)
 
-    patch.setattr(MeshExtended, "_layouts_for", layouts_for)
+    patch.setattr(variable_making, "_layouts", layouts)
 
 
 def mean_of_means(patch):

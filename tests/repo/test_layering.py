@@ -29,6 +29,7 @@ RANKS = {
     "llmos_tf.planning": 1,  # no TensorFlow
     "llmos_tf.strategies.schedules": 1,  # plain data, read by the executor and by planning
     "llmos_tf.strategies.schedule_orders": 1,
+    "llmos_tf.collective_keys": 2,
     "llmos_tf.program": 2,
     "llmos_tf.blocks": 2,
     "llmos_tf.graph_cuts": 2,

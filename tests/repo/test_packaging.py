@@ -28,6 +28,7 @@ INNER = {
     "agreement",
     "batch",
     "blocks",
+    "collective_keys",
     "collective_ops",
     "graph_cuts",
     "point_to_point",

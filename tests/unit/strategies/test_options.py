@@ -3,7 +3,7 @@
 import pytest
 
 from llmos_tf import Mesh
-from llmos_tf.strategies.options import MeshOptions
+from llmos_tf.strategies import MeshStrategy
 
 PIPE4 = Mesh(pipe=4)
 
@@ -33,7 +33,7 @@ PIPE4 = Mesh(pipe=4)
 def test_what_does_not_fit(mesh, options, message):
     """Fails if an option is taken that the mesh cannot follow, or the message lacks a way out."""
     with pytest.raises(ValueError, match=message):
-        MeshOptions(**options).resolved(mesh)
+        MeshStrategy(mesh, **options)
 
 
 @pytest.mark.parametrize(
@@ -47,4 +47,4 @@ def test_what_does_not_fit(mesh, options, message):
 )
 def test_number_of_microbatches(mesh, options, expected):
     """Fails if what is left out is no number that the schedule takes."""
-    assert MeshOptions(**options).resolved(mesh).num_microbatches == expected
+    assert MeshStrategy(mesh, **options).extended.options.num_microbatches == expected

@@ -1,0 +1,134 @@
+"""How variables are made under a mesh strategy's scope: which kind, cut how, and where.
+
+`extended` is the strategy's `MeshExtended`; `next_creator` makes a plain variable of the keyword
+arguments that TensorFlow has collected.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import tensorflow as tf
+
+from llmos_tf import _internal
+from llmos_tf.sharding import Layout, MetricVariable, SeedVariable, ShardedVariable
+
+
+def make_variable(extended: Any, next_creator: Callable, kwargs: dict[str, Any]) -> Any:
+    """Makes a variable of the mesh.
+
+    Args:
+        extended: the strategy's `MeshExtended`.
+        next_creator: makes a plain variable.
+        kwargs: what it is to be told.
+
+    Returns:
+        A `MetricVariable`, `SeedVariable` or `ShardedVariable`.
+    """
+    kwargs = dict(kwargs)
+    beside = kwargs.pop("colocate_with", None)
+    name = kwargs.get("name") or "variable"
+    path = "/".join(filter(None, (_internal.current_path(), name)))
+    initial = _initial_value(kwargs)
+    strategy = extended.container_strategy()
+
+    def make(value, layout):
+        return _components(extended, next_creator, name, kwargs, value, layout)
+
+    if kwargs.get("synchronization") == tf.VariableSynchronization.ON_READ:
+        whole = Layout((None,) * initial.shape.rank)
+        return MetricVariable(strategy, make(initial, whole), kwargs["aggregation"])
+    shape = tuple(initial.shape)
+    layout, update_layout = _layouts(extended, path, shape, kwargs, beside)
+    kind = SeedVariable if name == "seed_generator_state" else ShardedVariable
+    # Which stages hold a weight is known when its model is cut. The rest is on all of them.
+    waits = extended.mesh.axis_size("pipe") > 1 and kind is ShardedVariable and shape != ()
+    waits = waits and layout.stages is None
+    variable = kind(
+        strategy,
+        _on_host(extended, next_creator, name, kwargs, initial) if waits else make(initial, layout),
+        kwargs.get("aggregation") or tf.VariableAggregation.NONE,
+        layout,
+        update_layout,
+        shape,
+        path,
+    )
+    if waits:
+        variable.wait(make)
+        is_state = isinstance(beside, ShardedVariable) and beside.waits
+        (beside.companions if is_state else extended.waiting).append(variable)
+    if kind is SeedVariable:
+        variable.assign(initial)
+    return variable
+
+
+def _layouts(
+    extended: Any, path: str, shape: tuple[int, ...], kwargs: dict, beside: Any
+) -> tuple[Layout, Layout]:
+    """Layout in storage and layout for the optimizer."""
+    if isinstance(beside, ShardedVariable) and tuple(beside.shape) == shape:
+        # Optimizer state is created beside its variable and cut as the optimizer sees it.
+        return beside.update_layout, beside.update_layout
+    trainable = kwargs.get("trainable") is not False
+    dtype = tf.as_dtype(kwargs.get("dtype") or tf.float32)
+    layout = extended.layout_rules.find(path, shape, trainable)
+    # A scalar is not worth cutting, and an optimizer's own counters look like weights.
+    if not (trainable and dtype.is_floating and shape):
+        return layout, layout
+    flat = ("fsdp",) if "fsdp" not in layout.dims else ()
+    layout = dataclasses.replace(layout, flat=flat).effective(extended.mesh)
+    more = ("data",) if extended.options.zero_stage in (1, 2) else ()
+    update_layout = dataclasses.replace(layout, flat=layout.flat + more)
+    return layout, update_layout.effective(extended.mesh)
+
+
+def _on_host(
+    extended: Any, next_creator: Callable, name: str, kwargs: dict, initial: tf.Tensor
+) -> list[tf.Variable]:
+    """One variable in place of all components."""
+    with tf.init_scope(), _internal.stop_recording(), tf.device("CPU:0"):
+        variable = next_creator(**_component_arguments(kwargs, name, initial))
+    return [variable] * len(extended.local_ranks)
+
+
+def _components(
+    extended: Any,
+    next_creator: Callable,
+    name: str,
+    kwargs: dict,
+    value: tf.Tensor,
+    layout: Layout,
+) -> list[tf.Variable]:
+    """One variable on each local rank's device, with that rank's part of a value."""
+    components = []
+    for position, rank in enumerate(extended.local_ranks):
+        with tf.init_scope(), _internal.stop_recording():
+            with tf.device("CPU:0"):
+                part = layout.part_of(value, extended.mesh, rank)
+            with tf.device(extended.mesh.devices[rank]):
+                own_name = name if position == 0 else f"{name}/rank_{rank}/"
+                components.append(next_creator(**_component_arguments(kwargs, own_name, part)))
+    return components
+
+
+def _initial_value(kwargs: dict) -> tf.Tensor:
+    """The full initial value, computed once, on the host: what one device would start with."""
+    initial = kwargs["initial_value"]
+    with tf.init_scope(), _internal.stop_recording(), tf.device("CPU:0"):
+        value = initial() if callable(initial) else initial
+        return tf.convert_to_tensor(value, dtype=kwargs.get("dtype"))
+
+
+def _component_arguments(kwargs: dict, name: str, value: tf.Tensor) -> dict:
+    """What the maker of a plain variable is told, for one component."""
+    return {
+        **kwargs,
+        "shape": None,
+        "aggregation": tf.VariableAggregation.NONE,
+        "synchronization": tf.VariableSynchronization.AUTO,
+        # An optimizer may be built while a program is traced. TensorFlow would put an initializer
+        # for each rank's variable into the one program.
+        "experimental_enable_variable_lifting": False,
+        "name": name,
+        "initial_value": value,
+    }
