@@ -35,6 +35,9 @@ from keras.src.utils.rng_utils import get_random_seed as keras_random_seed
 # The coordination service, by which processes notice that another has died, and agree on things.
 from tensorflow.compiler.xla.tsl.protobuf.coordination_config_pb2 import CoordinatedJob
 
+# The message of `call_with_captures`; `tf.compat.v1.ConfigProto` is its only public name.
+from tensorflow.core.protobuf.config_pb2 import ConfigProto
+
 # The message that describes a process of a cluster; `tf.distribute.Server` starts a server of its
 # own instead of joining the eager runtime to the cluster.
 from tensorflow.core.protobuf.tensorflow_server_pb2 import ServerDef
@@ -57,6 +60,9 @@ from tensorflow.python.distribute.values import (
 # `tf.config` can list and split devices, but only the context can join a cluster of processes for
 # collectives (MultiWorkerMirroredStrategy does the same) or canonicalize a device's name.
 from tensorflow.python.eager import context as eager_context
+
+# The lists of attributes that `tf.function` lets through; see `unspecialized`.
+from tensorflow.python.eager.polymorphic_function import attributes as function_attributes
 
 # `tf.GradientTape.stop_recording` needs the tape at hand; creating a variable inside a user's tape
 # must not be recorded by it.
@@ -120,6 +126,7 @@ __all__ = [
     "select_replica",
     "stop_recording",
     "synced_reads",
+    "unspecialized",
     "written_captures",
 ]
 
@@ -223,12 +230,36 @@ def graph_of_function(graph: Any, name: str) -> Any:
 
 
 def call_with_captures(concrete: Any, inputs: list[Any], captures: list[Any]) -> Any:
-    """Calls a concrete function with other captured inputs than those it was traced with.
+    """Calls a concrete function, in a graph, with other captured inputs than it was traced with.
 
     ``ConcreteFunction.__call__`` always passes the tensors that were captured while tracing; one
     program for many devices needs each device's own variable handles in their place.
+
+    Nor is the function optimized for this call: TensorFlow's graph optimizer has worked through it
+    with all functions of the step, and would do so again for each call that is not inlined.
+    `tf.config.optimizer` only turns it off for everything.
     """
-    return concrete._call_flat(inputs, captured_inputs=captures)
+    context = eager_context.context()
+    before = context.function_call_options
+    config = ConfigProto()
+    config.graph_options.rewrite_options.disable_meta_optimizer = True
+    context.function_call_options = eager_context.FunctionCallOptions(config_proto=config)
+    try:
+        return concrete._call_flat(inputs, captured_inputs=captures)
+    finally:
+        context.function_call_options = before
+
+
+def unspecialized() -> contextlib.AbstractContextManager:
+    """Has `tf.function` take the attribute ``_nospecialize`` while the context is entered.
+
+    Without it the graph optimizer makes a copy of a function for each call whose arguments are
+    constants, as coordinates are, or whose results are not all used. No public list has it.
+    """
+    lists = [name for name in vars(function_attributes) if name.endswith("_ALLOWLIST")]
+    return patched(
+        {(function_attributes, name): lambda known: known | {"_nospecialize"} for name in lists}
+    )
 
 
 @contextlib.contextmanager

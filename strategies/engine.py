@@ -129,8 +129,11 @@ class Engine:
         rows_spec = tf.TensorSpec([], tf.int32)
         # Not inlined: a loop in an inlined copy has a name of its own on each device, TensorFlow
         # puts that name into the keys of the collectives in the loop, and ranks would never meet.
-        traced = tf.function(program, autograph=False, experimental_attributes={"_noinline": True})
-        concrete = traced.get_concrete_function(coordinate_spec, rows_spec, *specs)
+        # And not copied for a device, so that it is optimized once for all of them.
+        attributes = {"_noinline": True, "_nospecialize": True}
+        with _internal.unspecialized():
+            traced = tf.function(program, autograph=False, experimental_attributes=attributes)
+            concrete = traced.get_concrete_function(coordinate_spec, rows_spec, *specs)
         if programs[-1].communicates:
             _check_not_shared(concrete)
         return concrete
