@@ -17,40 +17,18 @@ from keras import ops
 from llmos_tf import _internal
 from llmos_tf.program import ReplicaProgram, current_program
 from llmos_tf.sharding import ShardedVariable
+from llmos_tf.strategies.fused_update import (
+    decay_weights,
+    fused_update,
+    is_elementwise,
+    is_known,
+)
 from llmos_tf.strategies.gradients import (
     clip_gradients,
     gather_updated_parts,
     sync_gradients,
     update_part,
 )
-
-# Optimizers whose update of an element needs only that element's gradient and state: they update
-# each rank's part by itself. Exact types, because a subclass may do anything.
-_ELEMENTWISE = (
-    keras.optimizers.SGD,
-    keras.optimizers.Adam,
-    keras.optimizers.AdamW,
-    keras.optimizers.Adamax,
-    keras.optimizers.Nadam,
-    keras.optimizers.RMSprop,
-    keras.optimizers.Adagrad,
-    keras.optimizers.Adadelta,
-    keras.optimizers.Ftrl,
-    keras.optimizers.Lion,
-)
-
-
-def is_elementwise(optimizer: Any) -> bool:
-    """Returns whether an optimizer can update a part of a variable by itself.
-
-    Args:
-        optimizer: a Keras optimizer; one of the user's own may say so with a true class attribute
-            `elementwise`.
-
-    Returns:
-        True where parts are enough; otherwise the update sees full variables.
-    """
-    return type(optimizer) in _ELEMENTWISE or bool(getattr(optimizer, "elementwise", False))
 
 
 def apply_gradients(optimizer: Any, gradients: Sequence[Any], variables: Any = None) -> None:
@@ -181,11 +159,19 @@ def _update(program: ReplicaProgram, optimizer: Any, gradients, variables) -> No
             for g, v in zip(gradients, stored, strict=True)
         ]
     with program.having(in_update=True, update_parts=parts):
-        optimizer._apply_weight_decay(variables)
+        if is_known(optimizer):
+            decay_weights(optimizer, stored)
+        else:
+            optimizer._apply_weight_decay(variables)
         if any(isinstance(gradient, tf.IndexedSlices) for gradient in gradients):
             # The update by rows reads the whole variable, decayed.
             gather_updated_parts(program)
-        with _internal.patched({(_internal.keras_core.Variable, "shape"): _shape_as_read}):
+        with _internal.patched(
+            {
+                (_internal.keras_core.Variable, "shape"): _shape_as_read,
+                (_internal.TFOptimizer, "_distributed_tf_update_step"): fused_update,
+            }
+        ):
             optimizer._backend_update_step(gradients, variables, optimizer.learning_rate)
     gather_updated_parts(program)
 

@@ -1,0 +1,304 @@
+"""The optimizer's update in a few large ops, where Keras has a dozen for each variable.
+
+Keras computes an update variable by variable out of small ops: most of what is traced of a step, a
+kernel launch each on an accelerator, and on a CPU several passes over memory. Here, for optimizers
+that work element by element:
+
+- SGD, Adam and AdamW update a variable by TensorFlow's own kernel, in one pass and in place;
+- everything else is laid end to end in groups of up to `GROUP_BYTES`, and Keras's own `update_step`
+  runs once for a group: the same formulas, on longer vectors.
+
+What was measured and decided: docs/adr/0008.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from llmos_tf.sharding import ShardedVariable
+
+# What a group reads and writes stays in a processor's cache, and no copy of all weights is made.
+GROUP_BYTES = 4 * 2**20
+
+# Those that need only an element's gradient and state to update it.
+_ELEMENTWISE = (
+    keras.optimizers.SGD,
+    keras.optimizers.Adam,
+    keras.optimizers.AdamW,
+    keras.optimizers.Adamax,
+    keras.optimizers.Nadam,
+    keras.optimizers.RMSprop,
+    keras.optimizers.Adagrad,
+    keras.optimizers.Adadelta,
+    keras.optimizers.Ftrl,
+    keras.optimizers.Lion,
+)
+
+
+def is_known(optimizer: Any) -> bool:
+    """Returns whether an optimizer is one of Keras's whose formulas are known here.
+
+    Args:
+        optimizer: a Keras optimizer.
+
+    Returns:
+        False for other kinds, and for subclasses, which may do anything.
+    """
+    return type(optimizer) in _ELEMENTWISE
+
+
+def is_elementwise(optimizer: Any) -> bool:
+    """Returns whether an optimizer can update a part of a variable by itself.
+
+    Args:
+        optimizer: a Keras optimizer; one of the user's own may say so with a true class attribute
+            `elementwise`.
+
+    Returns:
+        True where parts are enough; otherwise the update sees full variables.
+    """
+    return is_known(optimizer) or bool(getattr(optimizer, "elementwise", False))
+
+
+def fused_update(original: Callable) -> Callable:
+    """Stands in for the loop over the variables in which Keras calls an optimizer's `update_step`.
+
+    Args:
+        original: `_distributed_tf_update_step` of Keras's optimizer, for what is not fused:
+            gradients by rows, and optimizers of the user's own.
+
+    Returns:
+        A method like it, for the time an optimizer updates in a program.
+    """
+
+    def update(optimizer, distribution, grads_and_vars, learning_rate):
+        if not is_known(optimizer):
+            original(optimizer, distribution, grads_and_vars, learning_rate)
+            return
+        by_rows = [pair for pair in grads_and_vars if isinstance(pair[0], tf.IndexedSlices)]
+        dense = [pair for pair in grads_and_vars if not isinstance(pair[0], tf.IndexedSlices)]
+        kernel = _KERNELS.get(type(optimizer), _no_kernel)(optimizer, learning_rate)
+        rest = [pair for pair in dense if not _in_place(kernel, *pair)]
+        original(optimizer, distribution, by_rows, learning_rate)
+        _update_groups(optimizer, rest, learning_rate)
+
+    return update
+
+
+def decay_weights(optimizer: Any, variables: Sequence[ShardedVariable]) -> None:
+    """Decays weights as Keras's optimizers do before an update: θ ← θ - η λ θ.
+
+    Args:
+        optimizer: a Keras optimizer.
+        variables: what it is about to update.
+    """
+    if optimizer.weight_decay is None:
+        return
+    factors: dict[tf.DType, tf.Tensor] = {}
+    for variable in filter(optimizer._use_weight_decay, variables):
+        dtype = variable.dtype
+        if dtype not in factors:
+            rate = tf.cast(optimizer.learning_rate, dtype)
+            factors[dtype] = rate * tf.cast(optimizer.weight_decay, dtype)
+        variable.assign_sub(variable.read() * factors[dtype])
+
+
+# --- in place, by TensorFlow's kernels -----------------------------------------------------------
+
+# Updates a variable, whose index in the optimizer is given, by a gradient; False if it cannot.
+_Kernel = Callable[[int, tf.Tensor, ShardedVariable], bool]
+
+
+def _in_place(kernel: _Kernel, gradient: tf.Tensor, variable: ShardedVariable) -> bool:
+    return _has_kernel(variable) and kernel(tf.cast(gradient, variable.dtype), variable)
+
+
+def _has_kernel(variable: Any) -> bool:
+    """Whether what is updated is a `tf.Variable` of a dtype that all devices have kernels for."""
+    extra = variable.update_layout.flat[len(variable.layout.flat) :]
+    return not extra and variable.dtype in (tf.float32, tf.float64)
+
+
+def _no_kernel(optimizer: Any, learning_rate: Any) -> _Kernel:
+    del optimizer, learning_rate
+    return lambda gradient, variable: False
+
+
+def _gradient_descent(optimizer: keras.optimizers.SGD, learning_rate: Any) -> _Kernel:
+    def update(gradient, variable):
+        rate = tf.cast(learning_rate, variable.dtype)
+        where = variable.component.handle
+        if optimizer.momentum == 0:
+            tf.raw_ops.ResourceApplyGradientDescent(var=where, alpha=rate, delta=gradient)
+            return True
+        tf.raw_ops.ResourceApplyKerasMomentum(
+            var=where,
+            accum=_slot(optimizer, optimizer.momentums, variable),
+            lr=rate,
+            grad=gradient,
+            momentum=tf.cast(optimizer.momentum, variable.dtype),
+            use_nesterov=optimizer.nesterov,
+        )
+        return True
+
+    return update
+
+
+def _adam(optimizer: keras.optimizers.Adam, learning_rate: Any) -> _Kernel:
+    scalars: dict[tf.DType, dict[str, tf.Tensor]] = {}
+
+    def scalars_of(dtype):
+        if dtype not in scalars:
+            step = tf.cast(optimizer.iterations + 1, dtype)
+            # Keras takes the powers of what is a float32 at first, and nothing else.
+            scalars[dtype] = {
+                "lr": tf.cast(learning_rate, dtype),
+                "beta1": tf.constant(optimizer.beta_1, dtype),
+                "beta2": tf.constant(optimizer.beta_2, dtype),
+                "beta1_power": tf.pow(tf.cast(optimizer.beta_1, dtype), step),
+                "beta2_power": tf.pow(tf.cast(optimizer.beta_2, dtype), step),
+                "epsilon": tf.constant(optimizer.epsilon, dtype),
+            }
+        return scalars[dtype]
+
+    def update(gradient, variable):
+        arguments = {
+            "var": variable.component.handle,
+            "m": _slot(optimizer, optimizer._momentums, variable),
+            "v": _slot(optimizer, optimizer._velocities, variable),
+            "grad": gradient,
+            **scalars_of(variable.dtype),
+        }
+        if not optimizer.amsgrad:
+            tf.raw_ops.ResourceApplyAdam(**arguments)
+            return True
+        highest = _slot(optimizer, optimizer._velocity_hats, variable)
+        tf.raw_ops.ResourceApplyAdamWithAmsgrad(vhat=highest, **arguments)
+        return True
+
+    return update
+
+
+_KERNELS = {
+    keras.optimizers.SGD: _gradient_descent,
+    keras.optimizers.Adam: _adam,
+    keras.optimizers.AdamW: _adam,
+}
+
+
+def _slot(optimizer: Any, slots: Sequence[Any], variable: ShardedVariable) -> tf.Tensor:
+    return slots[optimizer._get_variable_index(variable)].value.component.handle
+
+
+# --- end to end, by Keras's own formulas ---------------------------------------------------------
+
+
+def _update_groups(optimizer: Any, grads_and_vars: Sequence[Any], learning_rate: Any) -> None:
+    groups = _groups([variable for _, variable in grads_and_vars])
+    flat = [_Flat([grads_and_vars[i][1] for i in group], k) for k, group in enumerate(groups)]
+    indices = [
+        [optimizer._get_variable_index(grads_and_vars[i][1]) for i in group] for group in groups
+    ]
+    # The same optimizer with groups for variables. Its own attributes are tracked by Keras.
+    stand_in = object.__new__(type(optimizer))
+    stand_in.__dict__.update(optimizer.__dict__)
+    stand_in.__dict__["_get_variable_index"] = lambda group: group.index
+    states = []
+    for name, slots in _slots_of(optimizer).items():
+        groups_of_slots = [
+            _Flat([slots[i].value for i in members], k) for k, members in enumerate(indices)
+        ]
+        stand_in.__dict__[name] = groups_of_slots
+        states += groups_of_slots
+    for group, variables in zip(groups, flat, strict=True):
+        gradient = tf.concat([tf.reshape(grads_and_vars[i][0], [-1]) for i in group], 0)
+        stand_in.update_step(gradient, variables, learning_rate)
+    for group in (*flat, *states):
+        group.store()
+
+
+def _groups(variables: Sequence[ShardedVariable]) -> list[list[int]]:
+    """Groups variables of one dtype, in order, up to `GROUP_BYTES`."""
+    closed, open_groups = [], {}
+    for i, variable in enumerate(variables):
+        size = variable.shape.num_elements() * variable.dtype.size
+        members, total = open_groups.get(variable.dtype, ([], 0))
+        if members and total + size > GROUP_BYTES:
+            closed.append(members)
+            members, total = [], 0
+        open_groups[variable.dtype] = ([*members, i], total + size)
+    return closed + [members for members, _ in open_groups.values()]
+
+
+def _slots_of(optimizer: Any) -> dict[str, list]:
+    """The lists of an optimizer that have a `keras.Variable` of state for each variable."""
+    count = len(optimizer._trainable_variables)
+    return {
+        name: value
+        for name, value in vars(optimizer).items()
+        if isinstance(value, list)
+        and name != "_trainable_variables"
+        and len(value) == count
+        and all(isinstance(slot, keras.Variable) for slot in value)
+    }
+
+
+def _operator(name: str) -> Callable:
+    def operate(flat, *other):
+        return getattr(tf.convert_to_tensor(flat), name)(*other)
+
+    return operate
+
+
+class _Flat:
+    """Variables end to end, as an optimizer sees one variable: read once, stored if it changed.
+
+    Args:
+        variables: of one dtype.
+        index: number of the group.
+    """
+
+    def __init__(self, variables: list[ShardedVariable], index: int):
+        self.index = index
+        self.dtype = variables[0].dtype
+        self._variables = variables
+        self._lengths = [variable.shape.num_elements() for variable in variables]
+        self._value: tf.Tensor | None = None
+        self._changed = False
+
+    @property
+    def shape(self) -> tf.TensorShape:
+        return tf.TensorShape([sum(self._lengths)])
+
+    def __tf_tensor__(self, dtype=None, name=None) -> tf.Tensor:
+        del dtype, name
+        if self._value is None:
+            parts = [tf.reshape(variable.read(), [-1]) for variable in self._variables]
+            self._value = tf.concat(parts, 0)
+        return self._value
+
+    def assign(self, value: tf.Tensor) -> None:
+        self._value = value
+        self._changed = True
+
+    def assign_add(self, value: tf.Tensor) -> None:
+        self.assign(tf.convert_to_tensor(self) + value)
+
+    def assign_sub(self, value: tf.Tensor) -> None:
+        self.assign(tf.convert_to_tensor(self) - value)
+
+    __add__, __radd__ = _operator("__add__"), _operator("__radd__")
+    __sub__, __rsub__ = _operator("__sub__"), _operator("__rsub__")
+    __mul__, __rmul__ = _operator("__mul__"), _operator("__rmul__")
+    __truediv__, __rtruediv__ = _operator("__truediv__"), _operator("__rtruediv__")
+    __pow__, __neg__ = _operator("__pow__"), _operator("__neg__")
+
+    def store(self) -> None:
+        """Gives the variables their parts of a new value."""
+        if not self._changed:
+            return
+        parts = tf.split(self._value, self._lengths)
+        for variable, part in zip(self._variables, parts, strict=True):
+            variable.assign(tf.reshape(part, variable.shape))
