@@ -15,18 +15,9 @@ from llmos_tf.layers import (
     SelfAttention,
     TokenEmbedding,
 )
+from llmos_tf.layers.fused import gelu
 from llmos_tf.models.language_model import LanguageModel
 from llmos_tf.models.layouts import gpt_layouts
-
-
-def _gelu(x: tf.Tensor) -> tf.Tensor:
-    """GELU by its tanh approximation (arXiv 1606.08415), as GPT-2 was trained.
-
-    As products: TensorFlow's own has a power, which takes several times as long where no optimizer
-    turns it into products.
-    """
-    inner = math.sqrt(2 / math.pi) * (x + 0.044715 * (x * x * x))
-    return 0.5 * x * (1.0 + tf.tanh(inner))
 
 
 class GPTBlock(keras.layers.Layer):
@@ -69,7 +60,7 @@ class GPTBlock(keras.layers.Layer):
         self.feed_forward = FeedForward(
             config.hidden_size,
             config.feed_forward_size,
-            activation=_gelu,
+            activation=gelu,
             dropout=config.dropout,
             initializer=initializer,
             output_initializer=residual,

@@ -17,8 +17,9 @@ from llmos_tf.layers.online_softmax import (
     Upstream,
     attend,
     attend_gradient,
+    hide,
     mixed,
-    scores,
+    products,
 )
 
 # Of the queries where all are in order: 5/8 of the scores are computed, and 1/2 are needed.
@@ -44,8 +45,24 @@ def plain_attention(
     Returns:
         Tensor like `q_BNTH`.
     """
-    weights = tf.cast(tf.nn.softmax(scores(q_BNTH, k_BKSH, mask)), v_BKSH.dtype)
-    return mixed(drop(weights), v_BKSH)
+    weights = _softmax(products(q_BNTH, k_BKSH), mask.visible())
+    return mixed(drop(tf.cast(weights, v_BKSH.dtype)), v_BKSH)
+
+
+def _softmax(scores_BNTS: tf.Tensor, visible: tf.Tensor | None) -> tf.Tensor:
+    """softmax of what is seen; backward needs the result only, which is 0 for what is not."""
+
+    @tf.custom_gradient
+    def softmax(scores):
+        weights = tf.nn.softmax(hide(scores, visible))
+
+        def gradient(upstream):
+            inner = tf.reduce_sum(upstream * weights, axis=-1, keepdims=True)
+            return weights * (upstream - inner)
+
+        return weights, gradient
+
+    return softmax(scores_BNTS)
 
 
 def blockwise_attention(

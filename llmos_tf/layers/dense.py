@@ -73,7 +73,7 @@ class Dense(keras.layers.Layer):
         in_size = math.prod(kernel.shape[:num_in])
         produced = kernel.shape[num_in:]
         # One product of two matrices: with more dimensions TensorFlow would broadcast the kernel.
-        y = tf.matmul(
+        y = _product(
             tf.reshape(x, [-1, in_size]), tf.reshape(kernel, [in_size, math.prod(produced)])
         )
         leading = x.shape[: x.shape.rank - num_in]
@@ -90,7 +90,14 @@ class Dense(keras.layers.Layer):
         Returns:
             y + b, or y without a bias.
         """
-        return y if self.bias is None else y + local_slice(self.bias)
+        if self.bias is None:
+            return y
+        bias = local_slice(self.bias)
+        if bias.shape.rank > 1:
+            flat = tf.reshape(y, tf.concat([tf.shape(y)[: -bias.shape.rank], [-1]], 0))
+            return tf.reshape(tf.nn.bias_add(flat, tf.reshape(bias, [-1])), tf.shape(y))
+        # Its gradient is summed several times faster than that of y + b.
+        return tf.nn.bias_add(y, bias)
 
     def compute_output_shape(self, input_shape: Any) -> tuple:
         """Returns the shape of the output.
@@ -102,6 +109,24 @@ class Dense(keras.layers.Layer):
             The leading dimensions and `output_shape`.
         """
         return (*input_shape[: len(input_shape) - len(self.contracted)], *self.produced)
+
+
+@tf.custom_gradient
+def _product(x: tf.Tensor, kernel: tf.Tensor) -> tuple[tf.Tensor, Any]:
+    """X A of matrices. Backward is what TensorFlow's is, but faster.
+
+    oneDNN takes half as long again for a product with a transposed right side. `tf.einsum`
+    transposes the kernel first, for which some half precisions have no op.
+    """
+
+    def gradient(upstream):
+        if x.dtype in (tf.float32, tf.float64):
+            dx = tf.einsum("mk,nk->mn", upstream, kernel)
+        else:
+            dx = tf.matmul(upstream, kernel, transpose_b=True)
+        return dx, tf.matmul(x, upstream, transpose_a=True)
+
+    return tf.matmul(x, kernel), gradient
 
 
 class _MatrixInitializer(keras.initializers.Initializer):

@@ -1,11 +1,13 @@
 """Cross-entropy of tokens, on whole or on vocabulary-parallel logits."""
 
+import math
 from typing import Any
 
 import keras
 import tensorflow as tf
 
 from llmos_tf import collectives
+from llmos_tf.layers.fused import fused, is_large
 from llmos_tf.program import current_program
 
 
@@ -69,26 +71,61 @@ def sharded_cross_entropy(labels: tf.Tensor, logits: tf.Tensor, axis: str) -> tf
     @tf.custom_gradient
     def loss_of(logits):
         peak = collectives.all_reduce(tf.reduce_max(logits, -1), axis, op="max")
-        shifted = logits - peak[..., tf.newaxis]
-        exponentials = tf.exp(shifted)
         held = (local >= 0) & (local < width)
-        picked = tf.gather(shifted, tf.where(held, local, 0), batch_dims=2)
+        picked = tf.gather(logits, tf.where(held, local, 0), batch_dims=2) - peak
         picked = tf.where(held, picked, tf.zeros((), picked.dtype))
-        both = tf.stack([tf.reduce_sum(exponentials, -1), picked])
+        both = tf.stack([_sum_of_exponentials(logits, peak), picked])
         total, label_logit = tf.unstack(collectives.all_reduce(both, axis), 2)
+        log_total = tf.math.log(total)
 
         def gradient(upstream):
-            softmax = exponentials / total[..., tf.newaxis]
-            target = tf.one_hot(local, width, dtype=logits.dtype)
-            return (softmax - target) * upstream[..., tf.newaxis]
+            # The logits and a number for each token are all that is kept.
+            return _slope(logits, local, peak + log_total, upstream)
 
-        return tf.math.log(total) - label_logit, gradient
+        return log_total - label_logit, gradient
 
     return loss_of(logits)
+
+
+@fused
+def _sum_of_exponentials(logits, peak):
+    return tf.reduce_sum(tf.exp(logits - peak[..., tf.newaxis]), -1)
+
+
+@fused
+def _slope(logits, labels, log_total, upstream):
+    """(softmax - 1 of the label) times the gradient of the loss; no label where it is not held."""
+    weights = tf.exp(logits - log_total[..., tf.newaxis])
+    target = tf.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
+    return (weights - target) * upstream[..., tf.newaxis]
+
+
+@tf.custom_gradient
+def _whole_cross_entropy(labels: tf.Tensor, logits: tf.Tensor) -> Any:
+    """-log softmax(logits)[label], and its slope in the same passes over the logits."""
+    log_total, slope = _log_total_and_slope(logits, labels)
+    # This op refuses labels that there are not, on a CPU.
+    losses = log_total - tf.gather(logits, labels, batch_dims=labels.shape.rank)
+    return losses, lambda upstream: (None, slope * upstream[..., tf.newaxis])
+
+
+@fused
+def _log_total_and_slope(logits, labels):
+    size = logits.shape[-1]
+    peak = tf.reduce_max(logits, -1, keepdims=True)
+    exponentials = tf.exp(logits - peak)
+    total = tf.reduce_sum(exponentials, -1, keepdims=True)
+    slope = exponentials * (1.0 / total) - tf.one_hot(labels, size, dtype=logits.dtype)
+    # And where there is no such op, they make no loss that could be taken for one.
+    known = (labels >= 0) & (labels < size)
+    log_total = tf.squeeze(tf.math.log(total) + peak, -1)
+    return tf.where(known, log_total, math.nan), slope
 
 
 def _token_losses(labels: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
     program = current_program()
     if program is not None and program.logits_axis is not None:
         return sharded_cross_entropy(labels, logits, program.logits_axis)
+    if is_large(logits) and logits.dtype.size >= 4 and logits.shape[-1] is not None:
+        return _whole_cross_entropy(labels, logits)
     return tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)

@@ -5,6 +5,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from llmos_tf.layers.fused import layer_norm, rms_norm
 from llmos_tf.layers.regions import in_stream
 
 
@@ -21,7 +22,12 @@ class LayerNorm(keras.layers.LayerNormalization):
     def call(self, inputs: tf.Tensor) -> tf.Tensor:
         in_stream(self.gamma)
         in_stream(self.beta)
-        return super().call(inputs)
+        return layer_norm(
+            inputs,
+            tf.convert_to_tensor(self.gamma),
+            tf.convert_to_tensor(self.beta),
+            tf.constant(self.epsilon, _wide(inputs.dtype)),
+        )
 
 
 class RMSNorm(keras.layers.Layer):
@@ -54,7 +60,9 @@ class RMSNorm(keras.layers.Layer):
         self.scale = self.add_weight(name="scale", shape=(input_shape[-1],), initializer="ones")
 
     def call(self, x: tf.Tensor) -> tf.Tensor:
-        wide = tf.cast(x, tf.float32) if x.dtype.size < 4 else x
-        mean_square = tf.reduce_mean(tf.square(wide), axis=-1, keepdims=True)
-        y = tf.cast(wide * tf.math.rsqrt(mean_square + self.epsilon), x.dtype)
-        return y * tf.convert_to_tensor(in_stream(self.scale))
+        scale = tf.convert_to_tensor(in_stream(self.scale))
+        return rms_norm(x, scale, tf.constant(self.epsilon, _wide(x.dtype)))
+
+
+def _wide(dtype: tf.DType) -> tf.DType:
+    return tf.float32 if dtype.size < 4 else dtype

@@ -180,7 +180,7 @@ def attend_gradient(
 
 
 def scores(q_BNTH: tf.Tensor, k_BKSH: tf.Tensor, mask: Mask) -> tf.Tensor:
-    """Returns q kᵀ / sqrt(H), in float32 at least.
+    """Returns q kᵀ / sqrt(H), in float32 at least, where a query sees a key.
 
     Args:
         q_BNTH: the queries.
@@ -190,10 +190,34 @@ def scores(q_BNTH: tf.Tensor, k_BKSH: tf.Tensor, mask: Mask) -> tf.Tensor:
     Returns:
         ``[B, N, T, S]``, the least number there is where a query does not see a key.
     """
+    return hide(products(q_BNTH, k_BKSH), mask.visible())
+
+
+def products(q_BNTH: tf.Tensor, k_BKSH: tf.Tensor) -> tf.Tensor:
+    """Returns q kᵀ / sqrt(H), in float32 at least.
+
+    Args:
+        q_BNTH: the queries.
+        k_BKSH: the keys.
+
+    Returns:
+        ``[B, N, T, S]``.
+    """
     scale = tf.constant(1 / math.sqrt(q_BNTH.shape[-1]), q_BNTH.dtype)
     scores = _products(q_BNTH * scale, k_BKSH)
-    scores = tf.cast(scores, _wide(scores.dtype))
-    visible = mask.visible()
+    return tf.cast(scores, _wide(scores.dtype))
+
+
+def hide(scores: tf.Tensor, visible: tf.Tensor | None) -> tf.Tensor:
+    """Returns scores, the least number there is where a key is not seen.
+
+    Args:
+        scores: ``[B, N, T, S]``.
+        visible: as from `Mask.visible`.
+
+    Returns:
+        Tensor like `scores`.
+    """
     return scores if visible is None else tf.where(visible, scores, scores.dtype.min)
 
 

@@ -1,0 +1,194 @@
+"""Functions that go over memory once, where TensorFlow's ops would each go over it again.
+
+Between two matrix products a transformer computes little on large tensors: what takes time there is
+to read and to write them. XLA makes one loop of such a function. Only what is large is compiled,
+because that takes some 60 ms for each function, shape and device; the rest is computed op by op, by
+the same formula.
+"""
+
+import functools
+import math
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import tensorflow as tf
+
+# Elements of the first argument, its unknown dimensions counted as 1, from which on XLA compiles.
+MIN_ELEMENTS = 2**15
+
+# What TensorFlow brings for macOS has no XLA for its processors.
+_CAN_COMPILE = sys.platform != "darwin"
+
+
+def fused(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorates a pure function of tensors that should be one loop.
+
+    It is called with tensors only: a number that is the same in all calls is captured. There is a
+    gradient, but none that is fused; give the function one by `tf.custom_gradient`.
+
+    Args:
+        function: of tensors to tensors, without state, randomness or collectives.
+
+    Returns:
+        The function, compiled by XLA where its first argument is large.
+
+    Example:
+        >>> @fused
+        ... def squared_relu(x):
+        ...     return tf.square(tf.nn.relu(x))
+    """
+    compiled = tf.function(function, autograph=False, jit_compile=True)
+
+    @functools.wraps(function)
+    def call(*tensors):
+        return (compiled if is_large(tensors[0]) else function)(*tensors)
+
+    return call
+
+
+def is_large(x: tf.Tensor) -> bool:
+    """Returns whether it is worth it to compile what goes over a tensor.
+
+    Args:
+        x: the tensor.
+
+    Returns:
+        False also where XLA is not at hand.
+    """
+    if not _CAN_COMPILE or x.shape.rank is None:
+        return False
+    return math.prod(length or 1 for length in x.shape) >= MIN_ELEMENTS
+
+
+# --- GELU ----------------------------------------------------------------------------------------
+
+# tanh(u) + 1 is 2 σ(2 u).
+_A = 2 * math.sqrt(2 / math.pi)
+_B = 0.044715 * _A
+
+
+@tf.custom_gradient
+def gelu(x: tf.Tensor) -> Any:
+    """GELU by its tanh approximation (arXiv 1606.08415), as GPT-2 was trained.
+
+    x/2 (1 + tanh(sqrt(2/π) (x + 0.044715 x³))) = x σ(a x + b x³). Backward computes it again from
+    x, which is all that is kept.
+
+    Args:
+        x: any shape.
+
+    Returns:
+        Tensor like `x`.
+    """
+    return _gelu(x), lambda upstream: _gelu_gradient(x, upstream)
+
+
+@fused
+def _gelu(x):
+    return x * tf.sigmoid(x * (_A + _B * x * x))
+
+
+@fused
+def _gelu_gradient(x, upstream):
+    square = x * x
+    gate = tf.sigmoid(x * (_A + _B * square))
+    return upstream * (gate + x * gate * (1.0 - gate) * (_A + 3 * _B * square))
+
+
+# --- normalization -------------------------------------------------------------------------------
+
+
+@tf.custom_gradient
+def layer_norm(x: tf.Tensor, scale: tf.Tensor, shift: tf.Tensor, epsilon: tf.Tensor) -> Any:
+    """(x - mean) / sqrt(variance + ε) · g + b over the last dimension (arXiv 1607.06450).
+
+    In float32 at least. Backward computes it again from x, which is all that is kept.
+
+    Args:
+        x: ``[..., D]``.
+        scale: g, ``[D]``.
+        shift: b, ``[D]``.
+        epsilon: ε, scalar of the dtype that is computed in.
+
+    Returns:
+        Tensor like `x`.
+    """
+
+    def gradient(upstream):
+        return (*_layer_norm_gradient(x, scale, shift, epsilon, upstream), None)
+
+    return _layer_norm(x, scale, shift, epsilon), gradient
+
+
+@fused
+def _layer_norm(x, scale, shift, epsilon):
+    normal, _ = _normalized(x, epsilon)
+    y = normal * tf.cast(scale, normal.dtype) + tf.cast(shift, normal.dtype)
+    return tf.cast(y, x.dtype)
+
+
+@fused
+def _layer_norm_gradient(x, scale, shift, epsilon, upstream):
+    normal, inverse = _normalized(x, epsilon)
+    wide = tf.cast(upstream, normal.dtype)
+    dn = wide * tf.cast(scale, normal.dtype)
+    inner = dn - _mean(dn) - normal * _mean(dn * normal)
+    rows = list(range(x.shape.rank - 1))
+    dscale, dshift = tf.reduce_sum(wide * normal, rows), tf.reduce_sum(wide, rows)
+    return tf.cast(inverse * inner, x.dtype), _as(dscale, scale), _as(dshift, shift)
+
+
+@tf.custom_gradient
+def rms_norm(x: tf.Tensor, scale: tf.Tensor, epsilon: tf.Tensor) -> Any:
+    """x / sqrt(mean(x²) + ε) · g over the last dimension (arXiv 1910.07467).
+
+    In float32 at least. Backward computes it again from x, which is all that is kept.
+
+    Args:
+        x: ``[..., D]``.
+        scale: g, ``[D]``.
+        epsilon: ε, scalar of the dtype that is computed in.
+
+    Returns:
+        Tensor like `x`.
+    """
+
+    def gradient(upstream):
+        return (*_rms_norm_gradient(x, scale, epsilon, upstream), None)
+
+    return _rms_norm(x, scale, epsilon), gradient
+
+
+@fused
+def _rms_norm(x, scale, epsilon):
+    wide = tf.cast(x, epsilon.dtype)
+    return tf.cast(wide * tf.math.rsqrt(_mean(wide * wide) + epsilon), x.dtype) * scale
+
+
+@fused
+def _rms_norm_gradient(x, scale, epsilon, upstream):
+    wide = tf.cast(x, epsilon.dtype)
+    inverse = tf.math.rsqrt(_mean(wide * wide) + epsilon)
+    normal = wide * inverse
+    dy = tf.cast(upstream, normal.dtype)
+    dn = dy * tf.cast(scale, normal.dtype)
+    dx = inverse * (dn - normal * _mean(dn * normal))
+    dscale = tf.reduce_sum(dy * normal, list(range(x.shape.rank - 1)))
+    return tf.cast(dx, x.dtype), _as(dscale, scale)
+
+
+def _normalized(x, epsilon):
+    """x - mean over its deviation, and 1 over that."""
+    wide = tf.cast(x, epsilon.dtype)
+    centered = wide - _mean(wide)
+    inverse = tf.math.rsqrt(_mean(centered * centered) + epsilon)
+    return centered * inverse, inverse
+
+
+def _mean(x):
+    return tf.reduce_mean(x, axis=-1, keepdims=True)
+
+
+def _as(gradient, weight):
+    return tf.cast(gradient, weight.dtype)
