@@ -67,6 +67,8 @@ class ReplicaProgram(_internal.ReplicaContext):
         self.own_stage = False
         self.update_parts = False
         self.gradients_synced = False
+        # Set while gradients are summed over the mesh.
+        self.reduces_gradients = False
         # Whether the program has a collective.
         self.communicates = False
         # Whether an output layer may leave its logits cut by vocabulary, and along which axis the
