@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from llmos_tf import Mesh, collectives
 from llmos_tf.memory import rematerialised
+from llmos_tf.program import current_program
 from llmos_tf.strategies import DataParallelStrategy, MeshStrategy
 
 EIGHT = Mesh(data=4, tensor=2)
@@ -148,6 +149,26 @@ def test_loops_around_run_are_steps():
     rows = collectives.traffic(strategy, steps, batch=X)
     assert rows == [{"axis": "data", "kind": "all_reduce", "calls": 1, "bytes": 4000}]
     assert str(rows).splitlines()[-1] == "| data | all_reduce | 1 | 4,000 |"
+
+
+def test_the_stage_that_sends_most_is_shown():
+    """Fails if the rows of several stages are added up, or the wrong one is taken."""
+    strategy = MeshStrategy(Mesh(pipe=2))
+
+    def program(x):
+        # Each stage has a program of its own; these two would never meet.
+        times = 3 if current_program().stage == 1 else 2
+        return [collectives.permute(x, "pipe") for _ in range(times)]
+
+    @tf.function
+    def step(x):
+        return strategy.run(program, (x,))
+
+    def sent(**options):
+        return by_kind(collectives.traffic(strategy, step, batch=X, **options))
+
+    assert sent() == sent(stage=1) == {("pipe", "permute"): (3, 12_000)}
+    assert sent(stage=0) == {("pipe", "permute"): (2, 8_000)}
 
 
 def test_a_division_that_does_not_go_up_is_rounded_once():
