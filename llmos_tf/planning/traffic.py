@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 from llmos_tf.config import MixtralConfig
 from llmos_tf.mesh import BATCH_AXES
+from llmos_tf.planning.model_weights import Weight, weights_of
 from llmos_tf.planning.training_step import TrainingStep
-from llmos_tf.planning.weights import Weight, weights_of
 
 # Whatever is smaller, in bytes, is no row of its own: losses, norms, counts.
 _SMALL = 1024

@@ -84,7 +84,7 @@ CASES = [
     case("mixtral", Mesh(expert=2), None, {"max_positions": 31}, rows=3, nightly=True),
     case("mixtral", Mesh(expert=2, context=2), rows=3, nightly=True),
     case("llama", Mesh(data=2, fsdp=2, tensor=2), {"zero_stage": 1, **SP}, nightly=True),
-    case("llama", Mesh(context=4, tensor=2), {"context_method": "ulysses"}, nightly=True),
+    case("llama", Mesh(context=2, tensor=2), {"context_method": "ulysses"}, nightly=True),
     case("gpt", Mesh(pipe=2), {"schedule": "zb-v"}, FOUR, nightly=True),
     case("gpt", Mesh(pipe=4), None, FOUR, nightly=True),
     case("gpt", Mesh(pipe=4), {"schedule": "gpipe"}, FOUR, nightly=True),

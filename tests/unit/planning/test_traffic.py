@@ -7,7 +7,7 @@ import pytest
 from llmos_tf.config import GPTConfig, LlamaConfig, MixtralConfig, ModelConfig
 from llmos_tf.mesh import Mesh
 from llmos_tf.planning import TrainingStep, step_traffic, wire_bytes
-from llmos_tf.planning.weights import weights_of
+from llmos_tf.planning.model_weights import weights_of
 
 # Sizes that 4 divides, so that nothing is padded.
 GPT = GPTConfig(vocab_size=512, max_positions=64, hidden_size=64, num_heads=4, num_layers=4)
