@@ -124,29 +124,24 @@ def _weights(step: TrainingStep, stage: int) -> Iterator[Sent]:
     mine = [(weight, step.blocks_on(stage)) for weight in weights.block]
     mine += [(weight, 1) for weight in weights.embedding if is_first]
     mine += [(weight, 1) for weight in weights.head if is_last]
-    is_one_table = weights.is_tied and is_first and is_last
-    if not is_one_table:
-        mine.append((weights.table, is_first + is_last))
+    # A tied table is gathered once, for tokens and logits.
+    mine.append((weights.table, is_first or is_last if weights.is_tied else is_first + is_last))
     for weight, count in mine:
         for sent in _weight(step, weight):
             yield sent._replace(times=sent.times * count)
-    if is_one_table:
-        # Looked up, and multiplied with: each gathers it, but in a pipeline, where a stage does so
-        # once for all microbatches and uses.
-        yield from _weight(step, weights.table, uses=1 if step.size("pipe") > 1 else 2)
-    elif weights.is_tied and (is_first or is_last):
+    if weights.is_tied and is_first != is_last:
         # The two stages that hold it add each other's gradient.
         yield Sent(("pipe",), "send", step.weight_bytes * _part(step, weights.table))
 
 
-def _weight(step: TrainingStep, weight: Weight, uses: int = 1) -> Iterator[Sent]:
+def _weight(step: TrainingStep, weight: Weight) -> Iterator[Sent]:
     """Along `fsdp`, then along `data` and the axes on which ranks have parts of a gradient."""
     fsdp, data = step.size("fsdp"), step.size("data")
     part, element = _part(step, weight), step.weight_bytes
     if fsdp > 1:
-        gathers = uses * (2 if step.reshard_after_forward else 1)
+        gathers = 2 if step.reshard_after_forward else 1
         yield Sent(("fsdp",), "all_gather", fsdp * part * element, gathers, True)
-        yield Sent(("fsdp",), "reduce_scatter", fsdp * part * element, uses, True)
+        yield Sent(("fsdp",), "reduce_scatter", fsdp * part * element, 1, True)
     partial = set(step.stream_axes) - set(weight.axes)
     if weight.is_shared_by_heads or (weight.is_in_stream and step.sequence_parallel):
         partial.add("tensor")

@@ -81,6 +81,8 @@ def test_zero():
         assert sent(LLAMA, Mesh(data=4), zero_stage=stage) == halves
     kept = {("fsdp", "all_gather"): psi, ("fsdp", "reduce_scatter"): psi}
     assert sent(LLAMA, Mesh(fsdp=4), zero_stage=3) == kept
+    # A tied table counts once.
+    assert sent(GPT, Mesh(fsdp=4))["fsdp", "all_gather"] == GPT.num_parameters() * 4 * 3 // 4
     again = {("fsdp", "all_gather"): 2 * psi, ("fsdp", "reduce_scatter"): psi}
     assert sent(LLAMA, Mesh(fsdp=4), zero_stage=3, reshard_after_forward=True) == again
 
