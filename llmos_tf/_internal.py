@@ -11,6 +11,8 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import tensorflow as tf
+
 # Base classes of the loss, trainer and optimizer that `fit` runs. Keras has no public hook between
 # "local gradients" and "update", nor one for the divisor of a loss, so the step wraps these.
 from keras.src.backend.common.name_scope import current_path
@@ -108,6 +110,7 @@ __all__ = [
     "connected_cluster",
     "current_path",
     "eager_context",
+    "function_of_keras_step",
     "graph_of_function",
     "in_synced_reads",
     "is_keras_predict_step",
@@ -118,6 +121,7 @@ __all__ = [
     "legacy_h5_format",
     "lost_workers",
     "model_of_predict_step",
+    "op_attribute",
     "op_seeds",
     "patched",
     "regroup",
@@ -126,7 +130,9 @@ __all__ = [
     "select_replica",
     "stop_recording",
     "synced_reads",
+    "traced_functions",
     "unspecialized",
+    "untraced",
     "written_captures",
 ]
 
@@ -181,6 +187,32 @@ def model_of_predict_step(fn: Any) -> Any:
     while hasattr(fn, "__wrapped__"):
         fn = fn.__wrapped__
     return inspect.getclosurevars(fn).nonlocals["self"]
+
+
+def function_of_keras_step(step_function: Any) -> Any:
+    """Returns the `tf.function` inside a model's `train_function`, or None where it runs eagerly.
+
+    Keras keeps it in a plain function; for batches that come from no dataset, as those of
+    `train_on_batch`, it has another one, which is returned where only that was called.
+    """
+    found = inspect.getclosurevars(step_function).nonlocals
+    wrapped = inspect.getclosurevars(found["one_step_on_data"]).nonlocals["step_func"]
+    functions = [found["multi_step_on_iterator"], wrapped]
+    traceable = [f for f in functions if isinstance(f, tf.types.experimental.PolymorphicFunction)]
+    return next((f for f in traceable if traced_functions(f)), None)
+
+
+def traced_functions(function: Any) -> list[Any]:
+    """Returns the concrete functions of a `tf.function`, in the order in which they were traced."""
+    return list(function._list_all_concrete_functions())
+
+
+def untraced(function: Any) -> Any:
+    """Returns a `tf.function` of the same Python function and options that was not traced yet.
+
+    One that has seen several shapes gives the trace for all of them to whoever asks for one.
+    """
+    return function._clone(None)
 
 
 def connected_cluster() -> tuple[list[str], int] | None:
@@ -260,6 +292,22 @@ def unspecialized() -> contextlib.AbstractContextManager:
     return patched(
         {(function_attributes, name): lambda known: known | {"_nospecialize"} for name in lists}
     )
+
+
+@contextlib.contextmanager
+def op_attribute(graph: Any, name: str, value: bytes) -> Iterator[None]:
+    """Gives an attribute to the ops that are made in a graph while this is entered.
+
+    TensorFlow keeps attributes that begin with "_" wherever it copies an op, and no op says in a
+    public way along which axes it communicates.
+
+    Args:
+        graph: where the ops are made.
+        name: of the attribute, with the underscore.
+        value: its value.
+    """
+    with graph._attr_scope({name: tf.compat.v1.AttrValue(s=value)}):
+        yield
 
 
 @contextlib.contextmanager

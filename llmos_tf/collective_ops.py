@@ -12,6 +12,7 @@ from llmos_tf.blocks import NotABlock
 from llmos_tf.collective_keys import MAX_INSTANCES
 from llmos_tf.point_to_point import Edge
 from llmos_tf.program import ReplicaProgram, require_program
+from llmos_tf.wire import Sent
 
 Axes = str | Iterable[str]
 
@@ -78,9 +79,11 @@ class Group:
         if x.dtype == tf.bool:
             raise ValueError(f"{self._what} needs numbers. Received: a boolean tensor.")
         sent = _one_length(x)
-        y = tf.raw_ops.CollectiveReduceV2(
-            input=sent, merge_op=merge_op, final_op="Id", **self._arguments(sent)
-        )
+        arguments = self._arguments(sent)
+        with self._sends("all_reduce", x.dtype, x.shape).noted():
+            y = tf.raw_ops.CollectiveReduceV2(
+                input=sent, merge_op=merge_op, final_op="Id", **arguments
+            )
         return _unfold(y, x)
 
     def gather(self, x: tf.Tensor, dim: int) -> tf.Tensor:
@@ -98,35 +101,40 @@ class Group:
         # Nor does it know bfloat16; it only moves bits, so another type of 16 bits does as well.
         bits = tf.bitcast(front, tf.float16) if x.dtype == tf.bfloat16 else front
         sent = self._not_empty(_one_length(bits))
-        y = tf.raw_ops.CollectiveGatherV2(input=sent, **self._arguments(sent))
+        arguments = self._arguments(sent)
+        whole = _scaled(front.shape, 0, self.size)
+        with self._sends("all_gather", x.dtype, whole).noted():
+            y = tf.raw_ops.CollectiveGatherV2(input=sent, **arguments)
         y = self._in_mesh_order(_unfold(y, bits, times=self.size))
         return _move_dim(y if y.dtype == x.dtype else tf.bitcast(y, x.dtype), 0, dim)
 
-    def exchange(self, x: tf.Tensor, split_dim: int, concat_dim: int) -> tf.Tensor:
+    def exchange(
+        self, x: tf.Tensor, split_dim: int, concat_dim: int, usual_length: int | None = None
+    ) -> tf.Tensor:
         """Sends part j to rank j, and concatenates what came.
 
         Args:
             x: same shape and dtype on every rank.
             split_dim: dimension that is split.
             concat_dim: dimension along which parts are laid.
+            usual_length: of `split_dim`, where it is not static.
 
         Returns:
             Tensor with `split_dim` shorter and `concat_dim` longer by the group size.
         """
-        parts = self.swap(self.stack_parts(x, split_dim))
+        usual = x.shape.as_list()
+        if usual[split_dim] is None:
+            usual[split_dim] = usual_length
+        sends = self._sends("all_to_all", x.dtype, usual)
+        parts = self._swap(self.stack_parts(x, split_dim), sends)
         return tf.concat(tf.unstack(parts, self.size), concat_dim)
 
-    def swap(self, parts: tf.Tensor) -> tf.Tensor:
-        """Sends part j to rank j.
-
-        Args:
-            parts: ``[group, ...]``.
-
-        Returns:
-            ``[group, ...]``, part j from rank j.
-        """
+    def _swap(self, parts: tf.Tensor, sends: Sent) -> tf.Tensor:
+        """Sends part j of ``[group, ...]`` to rank j; part j of the result is from rank j."""
         sent = self._not_empty(_one_length(self._in_transport_order(parts), self.size))
-        y = tf.raw_ops.CollectiveAllToAllV2(input=sent, **self._arguments(sent))
+        arguments = self._arguments(sent)
+        with sends.noted():
+            y = tf.raw_ops.CollectiveAllToAllV2(input=sent, **arguments)
         return self._in_mesh_order(_unfold(y, parts))
 
     def stack_parts(self, x: tf.Tensor, dim: int) -> tf.Tensor:
@@ -151,16 +159,19 @@ class Group:
         Returns:
             Tensor with `dim` shorter by the group size.
         """
+        sends = self._sends("reduce_scatter", x.dtype, x.shape)
         if self._program.communication == "nccl":
             front = _move_dim(x, dim, 0)
             sent = _one_length(self._in_transport_order(front))
-            y = tf.raw_ops.CollectiveReduceScatterV2(
-                input=sent, merge_op="Add", final_op="Id", **self._arguments(sent)
-            )
+            arguments = self._arguments(sent)
+            with sends.noted():
+                y = tf.raw_ops.CollectiveReduceScatterV2(
+                    input=sent, merge_op="Add", final_op="Id", **arguments
+                )
             y = _unfold(y, front, divided_by=self.size)
             return _move_dim(y, 0, dim)
         # The op has no CPU kernel; an exchange and a local sum move the same bytes.
-        return tf.reduce_sum(self.swap(self.stack_parts(x, dim)), axis=0)
+        return tf.reduce_sum(self._swap(self.stack_parts(x, dim), sends), axis=0)
 
     def permute(self, x: tf.Tensor, shift: int) -> tf.Tensor:
         """Sends a tensor to the rank `shift` places on, around the group.
@@ -172,7 +183,7 @@ class Group:
         Returns:
             Tensor like `x`, of the rank `shift` places back.
         """
-        edge = Edge(self._program, self.axes, shift)
+        edge = Edge(self._program, self.axes, shift, "permute")
         flat = _one_length(x)
         key = self._instance_key(flat)
         sent = edge.send(flat, key)
@@ -224,6 +235,9 @@ class Group:
         """The same parts, laid as TensorFlow has the members."""
         places = self._program.member_places(self.axes)
         return x if places is None else _reordered(x, tf.math.invert_permutation(places))
+
+    def _sends(self, kind: str, dtype: tf.DType, shape: Iterable[int | None]) -> Sent:
+        return Sent.along(self._program, self.axes, kind, dtype, shape)
 
     def _arguments(self, x: tf.Tensor) -> dict:
         self._program.communicates = True

@@ -14,6 +14,23 @@ import tensorflow as tf
 
 from llmos_tf.collective_ops import Axes, Group
 from llmos_tf.program import require_program
+from llmos_tf.traffic import traffic
+
+__all__ = [
+    "all_gather",
+    "all_reduce",
+    "all_to_all",
+    "axis_index",
+    "axis_size",
+    "broadcast",
+    "copy_to_axis",
+    "gather_from_axis",
+    "permute",
+    "reduce_from_axis",
+    "reduce_scatter",
+    "split_to_axis",
+    "traffic",
+]
 
 _MERGE_OPS = {"sum": "Add", "max": "Max", "min": "Min"}
 
@@ -129,7 +146,13 @@ def reduce_scatter(x: tf.Tensor, axes: Axes, dim: int = 0) -> tf.Tensor:
     return scattered(x)
 
 
-def all_to_all(x: tf.Tensor, axes: Axes, split_dim: int = 0, concat_dim: int = 0) -> tf.Tensor:
+def all_to_all(
+    x: tf.Tensor,
+    axes: Axes,
+    split_dim: int = 0,
+    concat_dim: int = 0,
+    usual_length: int | None = None,
+) -> tf.Tensor:
     """Splits `x` along `split_dim`, sends part j to rank j, concatenates what came.
 
     The gradient is the all_to_all the other way.
@@ -139,6 +162,7 @@ def all_to_all(x: tf.Tensor, axes: Axes, split_dim: int = 0, concat_dim: int = 0
         axes: axis name or names.
         split_dim: tensor dimension that is split, part j for rank j.
         concat_dim: tensor dimension along which the received parts are laid, in group order.
+        usual_length: of both together where they are one, for `traffic` if it is not static.
 
     Returns:
         Tensor with `split_dim` shorter and `concat_dim` longer by the group size.
@@ -154,8 +178,8 @@ def all_to_all(x: tf.Tensor, axes: Axes, split_dim: int = 0, concat_dim: int = 0
     @tf.custom_gradient
     def exchanged(x):
         return (
-            group.exchange(x, split_dim, concat_dim),
-            lambda dy: all_to_all(dy, axes, concat_dim, split_dim),
+            group.exchange(x, split_dim, concat_dim, usual_length),
+            lambda dy: all_to_all(dy, axes, concat_dim, split_dim, usual_length),
         )
 
     return exchanged(x)

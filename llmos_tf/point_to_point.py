@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from llmos_tf.mesh import AXES
 from llmos_tf.program import ReplicaProgram
+from llmos_tf.wire import Sent
 
 # What the ops can carry. The bits of other types travel as one of these, small integers as larger.
 _CARRIED = (tf.bool, tf.float32, tf.float16, tf.float64, tf.int32, tf.int64)
@@ -28,10 +29,13 @@ class Edge:
         program: the program of this rank.
         axes: canonical axis names of the group.
         shift: places, not a multiple of the group's size.
+        kind: "send", or "permute" where all ranks of a group send.
     """
 
-    def __init__(self, program: ReplicaProgram, axes: tuple[str, ...], shift: int):
-        self._program = program
+    def __init__(
+        self, program: ReplicaProgram, axes: tuple[str, ...], shift: int, kind: str = "send"
+    ):
+        self._program, self._kind = program, kind
         self._first = program.keys.edge_keys(axes, shift % program.mesh.axis_size(axes))
         self._name = ("sender", *axes, shift)
         self._axes, self._shift = axes, shift
@@ -47,13 +51,17 @@ class Edge:
             A tensor that is there when `x` has been taken. Without a use, nothing is sent.
         """
         self._program.communicates = True
-        return tf.raw_ops.CollectiveBcastSendV2(
-            input=_as_carried(x),
-            group_size=2,
-            group_key=self._first + self._program.axis_index(AXES),
-            instance_key=instance_key,
-            communication_hint=self._program.communication,
-        )
+        carried = _as_carried(x)
+        group_key = self._first + self._program.axis_index(AXES)
+        sends = Sent.along(self._program, self._axes, self._kind, carried.dtype, carried.shape)
+        with sends.noted():
+            return tf.raw_ops.CollectiveBcastSendV2(
+                input=carried,
+                group_size=2,
+                group_key=group_key,
+                instance_key=instance_key,
+                communication_hint=self._program.communication,
+            )
 
     def receive(
         self, dtype: tf.DType, shape: tf.Tensor | tuple, instance_key: int | tf.Tensor

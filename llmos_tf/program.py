@@ -67,6 +67,8 @@ class ReplicaProgram(_internal.ReplicaContext):
         self.own_stage = False
         self.update_parts = False
         self.gradients_synced = False
+        # Set while gradients are summed over the mesh.
+        self.reduces_gradients = False
         # Whether the program has a collective.
         self.communicates = False
         # Whether an output layer may leave its logits cut by vocabulary, and along which axis the
@@ -107,6 +109,9 @@ class ReplicaProgram(_internal.ReplicaContext):
         self.compiles_blocks = False
         self.num_compiled_blocks = 0
         self.block: Any = None
+        # What a call of a model has gathered and may use again, as a table for tokens and logits;
+        # None outside of one.
+        self.reads: dict[Any, tf.Tensor] | None = None
         # Whether an embedding is being called, which reads its table to look up rows.
         self.looks_up = False
         # What was read for a block that could not be one, by the graph's `id` and the block's key.
@@ -206,6 +211,25 @@ class ReplicaProgram(_internal.ReplicaContext):
             with outermost, self._graph.as_default(), tf.control_dependencies(None):
                 self._cache[key] = compute()
         return self._cache[key]
+
+    def once_in_call(self, key: Any, compute: Callable[[], tf.Tensor]) -> tf.Tensor:
+        """Returns what `compute` returns, computed once in the call of a model that has `reads`.
+
+        Args:
+            key: names the result.
+            compute: makes it.
+
+        Returns:
+            The tensor; a new one outside of such a call, or in a block, a loop or a condition, from
+            which no tensor comes out.
+        """
+        if self.reads is None or self.block is not None:
+            return compute()
+        # Not that of the program: a model may be called in a loop as a whole.
+        key = (key, id(tf.compat.v1.get_default_graph()))
+        if key not in self.reads:
+            self.reads[key] = compute()
+        return self.reads[key]
 
     def require(self, tensors: Iterable[tf.Tensor]) -> None:
         """Has tensors computed that nothing else depends on, such as what tells that it was sent.

@@ -21,6 +21,7 @@ import keras
 import numpy as np
 
 from llmos_tf.checkpoint import latest_checkpoint, restore_checkpoint, save_checkpoint
+from llmos_tf.collectives import traffic
 from llmos_tf.data import BatchIterator, TextData, bigram_bits_per_byte, load_text_data
 from llmos_tf.inference import SamplingConfig, generate
 from llmos_tf.layers import TokenCrossEntropy
@@ -187,6 +188,9 @@ def _train(run: TrainingRun) -> int | None:
             rate = float(model.optimizer.learning_rate)
             loss = float(step_fn(next(run.batches)))
             report.step(step, loss=loss, learning_rate=rate, **_routing(model))
+            if step == run.first_step + 1:
+                report.say(_traffic_line(model, step_fn))
+                report.pause()
             if step % options.save_every == 0 or step == options.steps or stop.requested:
                 _save(run, step)
                 report.pause()
@@ -194,6 +198,15 @@ def _train(run: TrainingRun) -> int | None:
                 report.say(f"{stop.requested} received.")
                 return step
     return None
+
+
+def _traffic_line(model: LanguageModel, step_fn: Any) -> str:
+    """What each device sends in a step, by axis, of the stage that sends most."""
+    sums: dict[str, int] = {}
+    for row in traffic(model.distribute_strategy, step_fn):
+        sums[row["axis"]] = sums.get(row["axis"], 0) + row["bytes"]
+    by_axis = ", ".join(f"{count:,} bytes along {axis}" for axis, count in sums.items())
+    return f"In a step each device sends {by_axis or 'nothing'}."
 
 
 def _routing(model: LanguageModel) -> dict[str, float]:

@@ -27,6 +27,7 @@ from llmos_tf.program import current_program, require_program
 from llmos_tf.sharding import LayoutRules, ShardedVariable
 from llmos_tf.strategies import reductions
 from llmos_tf.strategies.engine import Engine
+from llmos_tf.strategies.fitted_batch import hook_fit
 from llmos_tf.strategies.input import deal_dataset, split_batch, split_dataset
 from llmos_tf.strategies.keras_blocks import hook_remat
 from llmos_tf.strategies.keras_export import hook_export
@@ -69,6 +70,7 @@ class MeshExtended(_internal.MirroredExtended):
         hook_remat()
         hook_keras_hub()
         hook_steps()
+        hook_fit()
         self.communication = _communication(local)
         self.collective_keys = CollectiveKeys(mesh)
         self.engine = Engine(self)

@@ -58,7 +58,8 @@ def sync_gradients(
             results[i] = _gather_rows(program, rows, variable)
     for reduction, members in _buckets({i: plans[i] for i in dense}, dense):
         reduce = _scatter_bucket if reduction.scatter_axes else _sum_bucket
-        reduced = reduce(program, reduction, [dense[i] for i in members])
+        with program.having(reduces_gradients=True):
+            reduced = reduce(program, reduction, [dense[i] for i in members])
         for i, gradient in zip(members, reduced, strict=True):
             results[i] = gradient
     return results

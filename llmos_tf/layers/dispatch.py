@@ -71,16 +71,17 @@ def apply_at_owners(
     pairs = tf.reduce_sum(sent, -1)
     # At least one: TensorFlow's exchange does not survive a buffer of no rows.
     room = _rounded_up(tf.maximum(tf.reduce_max(pairs), 1), num_rows)
+    usual = _usual_rows(x_nW.shape[0], ways)
     mine = collectives.axis_index(AXIS)
 
     # Rows in the order of experts, with a gap after those of each rank; dropped ones at the end.
     gaps = room * tf.range(ways + 1) - tf.cumsum(tf.concat([[0], pairs[mine]], 0))
     slots_n += tf.gather(gaps, experts_n // owned)
     buffer = _place(x_nW, slots_n, ways * room + num_dropped)[: ways * room]
-    received = collectives.all_to_all(buffer, AXIS)
+    received = collectives.all_to_all(buffer, AXIS, usual_length=usual)
     groups = _received_groups(sent[:, mine], room)
     y = apply_grouped(apply, received, groups, owned)
-    returned = collectives.all_to_all(y, AXIS)
+    returned = collectives.all_to_all(y, AXIS, usual_length=usual)
     return _take(tf.pad(returned, [[0, num_dropped], [0, 0]]), slots_n)
 
 
@@ -103,6 +104,17 @@ def _sorted_slots(groups_n: tf.Tensor, num_groups: int) -> tuple[tf.Tensor, tf.T
 def _rounded_up(room: tf.Tensor, num_rows: tf.Tensor) -> tf.Tensor:
     unit = tf.maximum(1, num_rows // _NUM_LENGTHS)
     return -(-room // unit) * unit
+
+
+def _usual_rows(num_rows: int | None, ways: int) -> int | None:
+    """Rows of a buffer where each pair of ranks exchanges as many, in place of what routing says.
+
+    None where the number of rows is not static.
+    """
+    if num_rows is None:
+        return None
+    unit = max(1, num_rows // _NUM_LENGTHS)
+    return ways * (-(-num_rows // (ways * unit)) * unit)
 
 
 def _place(x_nW: tf.Tensor, slots_n: tf.Tensor, length: int | tf.Tensor) -> tf.Tensor:

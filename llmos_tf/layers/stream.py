@@ -150,7 +150,9 @@ def open_stream(variables: Iterable[Any], shape: tf.TensorShape) -> Stream:
 
 
 def entered(stream: Stream) -> contextlib.AbstractContextManager:
-    """Returns the context in which layers find the stream as `program.stream`.
+    """Returns the context of a model's call, in which layers find the stream as `program.stream`.
+
+    A weight that is used twice in the call, as a table for tokens and logits, is gathered once.
 
     Args:
         stream: as `open_stream` returns it.
@@ -161,7 +163,7 @@ def entered(stream: Stream) -> contextlib.AbstractContextManager:
     program = current_program()
     if program is None:
         return contextlib.nullcontext()
-    return program.having(stream=stream if stream.axes else None)
+    return program.having(stream=stream if stream.axes else None, reads={})
 
 
 def current_stream() -> Stream | None:

@@ -160,9 +160,13 @@ class ShardedVariable(WrittenByParts, _internal.MirroredVariable):
         block = current_program().block
         if block is not None and block.lifts(self.layout):
             return block.read("slice", self, lambda: self.slice(for_lookups))
+        if self.layout.flat and not for_lookups:
+            return current_program().once_in_call(("slice", id(self)), self._gathered_slice)
         part = self._noted_part() if for_lookups else self.part()
-        if not self.layout.flat:
-            return part
+        return self._gathered_slice(part) if self.layout.flat else part
+
+    def _gathered_slice(self, part: tf.Tensor | None = None) -> tf.Tensor:
+        part = self.part() if part is None else part
         return _with_counted_gradient(
             self.layout.slice_from_part(part, self._full_shape, self.mesh)
         )

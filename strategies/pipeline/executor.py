@@ -16,6 +16,7 @@ from llmos_tf.strategies.pipeline.parts import Part
 from llmos_tf.strategies.pipeline.step_trace import StepTrace
 from llmos_tf.strategies.pipeline.transport import Transport
 from llmos_tf.strategies.schedules import Op, Schedule
+from llmos_tf.wire import noted_branches
 
 # A prime of 31 bits, so that seeds of neighbouring microbatches share no pattern.
 _SEED_STEP = 1_190_494_759
@@ -99,7 +100,8 @@ class StageRun:
             def does(kind, part):
                 return lambda: self._do(kind, part, number_of[tick], dict(state))
 
-            return tf.switch_case(branch_of[tick], [does(*branch) for branch in branches])
+            with noted_branches([tasks.count(branch) for branch in branches]):
+                return tf.switch_case(branch_of[tick], [does(*branch) for branch in branches])
 
         zeros = [tf.zeros(x.shape, x.dtype) for x in carried]
         turns, results = repeat(zero, len(self._order), turn, zeros)

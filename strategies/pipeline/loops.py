@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import tensorflow as tf
 
 from llmos_tf import _internal
+from llmos_tf.wire import noted_turns
 
 
 def repeat(
@@ -40,12 +41,13 @@ def repeat(
         return [*_internal.call_with_captures(turn, mine, theirs), *theirs]
 
     # Called stateless, as stateful ops would be put in a row, and loops run side by side.
-    results = tf.raw_ops.StatelessWhile(
-        input=everything,
-        cond=_traced(lambda i, *values: i < count, specs),
-        body=_traced(turn_with_captures, specs),
-        output_shapes=[x.shape for x in everything],
-    )
+    with noted_turns(count):
+        results = tf.raw_ops.StatelessWhile(
+            input=everything,
+            cond=_traced(lambda i, *values: i < count, specs),
+            body=_traced(turn_with_captures, specs),
+            output_shapes=[x.shape for x in everything],
+        )
     for x, y in zip(everything, results, strict=True):
         y.set_shape(x.shape)
     return results[0], results[1 : len(start)]

@@ -63,7 +63,8 @@ def test_a_run_leaves_what_it_says(finished):
     assert (summary["steps"], summary["mesh"]) == (6, "data=2,tensor=2")
     assert 0 < summary["bits_per_byte"] < 9
     printed = (finished / "printed.txt").read_text()
-    for words in ("842,496 parameters", "bits per byte", "a bigram model", "Continuation:"):
+    sent = "In a step each device sends"
+    for words in ("842,496 parameters", "bits per byte", "a bigram model", "Continuation:", sent):
         assert words in printed
 
 

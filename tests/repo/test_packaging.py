@@ -30,9 +30,13 @@ INNER = {
     "blocks",
     "collective_keys",
     "collective_ops",
+    "function_calls",
     "graph_cuts",
+    "loop_turns",
     "point_to_point",
     "program",
+    "traffic",
+    "wire",
 }
 
 
