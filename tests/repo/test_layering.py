@@ -22,6 +22,7 @@ FOLDERS = {
 RANKS = {
     "llmos_tf.config": 0,  # no TensorFlow
     "llmos_tf._internal": 0,  # every private import of TensorFlow and Keras
+    "llmos_tf.resident": 0,  # no TensorFlow
     "llmos_tf.agreement": 1,
     "llmos_tf.devices": 1,
     "llmos_tf.mesh": 1,  # numpy only

@@ -33,6 +33,7 @@ INNER = {
     "graph_cuts",
     "point_to_point",
     "program",
+    "resident",
 }
 
 
