@@ -81,6 +81,8 @@ def main() -> int:
     rows = benchmark_report.make_rows(runs, options, _peak_of_a_gpu())
     pairs = benchmark_report.pair_rows(rows, options.pairs)
     print(benchmark_report.table(rows))
+    for line in benchmark_report.disagreements(rows):
+        print(f"\n{line}")
     if pairs:
         print(f"\n{benchmark_report.pair_table(pairs)}")
     _write(options, rows, pairs)

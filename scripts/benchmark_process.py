@@ -16,6 +16,8 @@ from typing import Any
 from llmos_tf.scripts.benchmark_options import BenchmarkOptions, Candidate
 from llmos_tf.scripts.peers import kinds
 
+_WORKER = (sys.executable, "-m", "llmos_tf.scripts.peers.worker")
+
 
 class RunProcesses:
     """The processes of one run: one, or one a device where the kind says so.
@@ -125,7 +127,7 @@ class _Rank:
         self._stderr = tempfile.TemporaryFile("w+b")  # noqa: SIM115 (closed by `close`)
         self._line = b""
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "llmos_tf.scripts.peers.worker", job],
+            [*_WORKER, job],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,

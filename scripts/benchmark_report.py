@@ -77,6 +77,26 @@ def pair_rows(rows: list[dict[str, Any]], pairs: list[tuple[str, str]]) -> list[
     ]
 
 
+def disagreements(rows: list[dict[str, Any]]) -> list[str]:
+    """Returns the runs that have not done the same work as the first one that has times.
+
+    Args:
+        rows: by `make_rows`.
+
+    Returns:
+        A line for each whose first loss differs by more than 1e-4 of it, or the one after the
+        updates by more than 1e-3.
+    """
+    good = [row for row in rows if "median_seconds" in row]
+    return [
+        f"{row['run']} has not done the same work as {good[0]['run']}: its loss is "
+        f"{row[name]:.5f} and not {good[0][name]:.5f} {when}. Its times cannot be compared."
+        for row in good
+        for name, limit, when in (("loss", 1e-4, "at first"), ("later_loss", 1e-3, "after 5 steps"))
+        if not abs(row[name] / good[0][name] - 1) <= limit
+    ]
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """Returns the table of runs.
 

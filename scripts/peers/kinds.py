@@ -163,12 +163,13 @@ def parse(name: str, size: str, rest: str) -> tuple[int, dict[str, int | bool]]:
     devices = int(size) if is_number else 1
     options: dict[str, int | bool] = {}
     for item in filter(None, rest.split(",")):
-        option, _, value = item.partition("=")
-        if option not in kind.options or (option == "microbatches") != (
-            value.isdecimal() and int(value) > 0
-        ):
+        option, equals, value = item.partition("=")
+        # Only one of them has a value.
+        is_count = value.isdecimal() and int(value) > 0
+        fits = is_count if option == "microbatches" else not equals
+        if option not in kind.options or not fits:
             raise ValueError(f"{item!r} does not fit: it is written {form(name)}.")
-        options[option] = int(value) if value else True
+        options[option] = int(value) if equals else True
     if "microbatches" in kind.options:
         options.setdefault("microbatches", devices)
     return devices, options

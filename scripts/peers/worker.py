@@ -33,7 +33,7 @@ def main() -> None:
         _serve(Job.from_dict(json.loads(sys.argv[1])), counts, answers)
     except Exception as error:
         traceback.print_exc()
-        _answer(answers, error=f"{type(error).__name__}: {error}")
+        _answer(answers, error=_words(error))
     # Without the farewells of the frameworks, which may wait for other processes.
     os._exit(1)
 
@@ -51,6 +51,15 @@ def _serve(job: Job, counts: "queue.SimpleQueue[int]", answers: TextIO) -> None:
         # caches, which others have used meanwhile, and in it `fit` begins to read its data.
         times, _ = take(1 + counts.get())
         _answer(answers, times=times[1:], peak_bytes=peak_resident_bytes())
+
+
+def _words(error: Exception) -> str:
+    """Type and message, without the calls that TensorFlow lists in its messages."""
+    noise = ("Graph execution error", "Detected at node", "File ", "[[{{")
+    lines = [line.strip() for line in str(error).splitlines()]
+    return f"{type(error).__name__}: " + " ".join(
+        line for line in lines if line and not line.startswith(noise)
+    )
 
 
 def _own_stdout() -> TextIO:

@@ -20,7 +20,7 @@ OPTIMIZER = {
     "beta_1": 0.9,
     "beta_2": 0.999,
     "epsilon": 1e-7,
-    "weight_decay": 0.004,
+    "weight_decay": 0.1,
 }
 
 
