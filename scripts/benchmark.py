@@ -11,7 +11,7 @@ the bare train step; fit:MESH:... by model.fit, as the runs of Keras are. The ot
 
 KINDS
 N is a number of devices, or of processes with PyTorch. What is not installed, by
-pip install 'llmos-tf[bench]', has a row that says so.
+pip install '.[bench]', has a row that says so.
 
 Each run has a process of its own, or several, and they take turns: in each round every run does
 some steps while the others rest, so that what else the machine does meets all of them. Ratios are

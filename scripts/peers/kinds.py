@@ -37,7 +37,7 @@ class Kind:
         """Returns what is to be done before it can run, or None where nothing is."""
         if self.needs is None or importlib.util.find_spec(self.needs) is not None:
             return None
-        return f"{self.needs} is not installed: pip install 'llmos-tf[bench]'"
+        return f"{self.needs} is not installed: pip install '.[bench]'"
 
     def check(self, workload: Workload, devices: int, options: dict[str, int | bool]) -> None:
         """Checks that it can run a workload.
