@@ -33,7 +33,7 @@ def finished(name, rounds, loss=4.0, later_loss=3.0, **changed):
 
 
 RUNS = [
-    finished("1", [[1.0, 2.0, 3.0], [4.0, 4.0, 5.0], [1.0, 1.0, 1.0]]),
+    finished("1", [[1.0, 4.0, 4.0], [1.0, 2.0, 2.0], [1.0, 3.0, 3.0]]),
     finished("keras", [[1.0, 1.0, 9.0], [1.0, 1.0, 1.0], [2.0, 2.0, 2.0]], is_ours=False),
     finished("torch", [], missing="torch is not installed: do", is_ours=False),
     finished("data=2", [], error="ValueError: first | line\nsecond line"),
@@ -49,11 +49,11 @@ def test_figures_of_a_run(rows):
     """Fails if a median is that of medians, a ratio that of medians over all rounds, or a run
     without times has figures."""
     one, keras, torch, data = rows
-    # Of the nine times 1 1 1 1 2 3 4 4 5, and of rounds whose medians are 2, 4 and 1.
-    assert (one["median_seconds"], one["min_seconds"], one["max_seconds"]) == (2.0, 1.0, 5.0)
-    assert one["round_spread"] == (4 - 1) / 2
+    # Of the nine times 1 1 1 2 2 3 3 4 4, and of rounds whose medians are 4, 2 and 3.
+    assert (one["median_seconds"], one["min_seconds"], one["max_seconds"]) == (2.0, 1.0, 4.0)
+    assert one["round_spread"] == (4 - 2) / 3
     assert one["tokens_per_second"] == 10.0
-    assert keras["ratios"] == [1 / 2, 1 / 4, 2 / 1]
+    assert keras["ratios"] == [1 / 4, 1 / 2, 2 / 3]
     assert keras["ratio"] == 1 / 2
     assert "mfu" not in one
     assert torch == {"run": "torch", "is_ours": False, "missing": "torch is not installed: do"}
@@ -63,11 +63,11 @@ def test_figures_of_a_run(rows):
 def test_ratios_of_pairs(rows):
     """Fails if a ratio is upside down, or one of a run without times ends the report."""
     pairs = report.pair_rows(rows, [("1", "keras"), ("torch", "1")])
-    assert pairs[0] == {"run": "1", "to": "keras", "ratio": 2.0, "ratios": [2.0, 4.0, 0.5]}
+    assert pairs[0] == {"run": "1", "to": "keras", "ratio": 2.0, "ratios": [4.0, 2.0, 1.5]}
     assert pairs[1] == {"run": "torch", "to": "1"}
     everything = report.all_ratios(rows)
     assert everything["keras"] == {"1": 0.5, "keras": 1.0}
-    assert "| 1 / keras | 2.000 | 0.50 to 4.00 |" in report.pair_table(pairs)
+    assert "| 1 / keras | 2.000 | 1.50 to 4.00 |" in report.pair_table(pairs)
 
 
 def test_the_table(rows):
@@ -75,7 +75,7 @@ def test_the_table(rows):
     line end in it would do."""
     lines = report.table(rows).splitlines()
     assert len({line.count("|") for line in lines}) == 1
-    assert lines[2].startswith("| 1 | 2.000 | 1.000 | 5.000 | ±75.0% | 1.000 | 1.00 to 1.00 | 10 |")
+    assert lines[2].startswith("| 1 | 2.000 | 1.000 | 4.000 | ±33.3% | 1.000 | 1.00 to 1.00 | 10 |")
     assert lines[4].startswith("| torch | torch is not installed: do |")
     assert lines[5].startswith("| data=2 | failed: ValueError: first / line second line |")
     assert "MFU" not in lines[0]
