@@ -1,11 +1,13 @@
 """llmos-benchmark: what it says of runs, and of one that fails, and that all do the same work."""
 
+import dataclasses
 import importlib.util
 import json
 
 import pytest
 
 from llmos_tf.scripts import benchmark
+from llmos_tf.scripts.peers import kinds
 
 SMALL = (
     *("--rounds=2", "--steps_in_round=2", "--vocab_size=16", "--hidden_size=16", "--num_heads=2"),
@@ -42,18 +44,22 @@ MORE = {
 
 
 @pytest.mark.slow
-def test_all_do_the_same_work(run_program, tmp_path):
+def test_all_do_the_same_work(run_program, monkeypatch, tmp_path):
     """Fails if a peer has another model, batch or optimizer. A first loss without a bias, a mask or
-    the tied product, and a later one without weight decay, differ by more."""
+    the tied product, and a later one without weight decay, differ by more. Or if one that is not
+    installed has no row, or counts as a failure."""
+    absent = dataclasses.replace(kinds.KINDS["jax"], needs="no_such_package")
+    monkeypatch.setitem(kinds.KINDS, "jax", absent)
     installed = [
         run for name, runs in MORE.items() if importlib.util.find_spec(name) for run in runs
     ]
-    runs = [f"--run={run}" for run in ("1", *PEERS, *installed)]
+    runs = [f"--run={run}" for run in ("1", *PEERS, *installed, "jax")]
     path, png = tmp_path / "out.json", tmp_path / "out.png"
     small = [flag for flag in SMALL if "rounds" not in flag and "threads" not in flag]
     result = run_program(benchmark, *runs, *small, "--rounds=1", f"--json={path}", f"--png={png}")
     assert result.status == 0, result.out
-    first, *others = json.loads(path.read_text())["rows"]
+    first, *others, last = json.loads(path.read_text())["rows"]
+    assert last["missing"] == "no_such_package is not installed: pip install '.[bench]'"
     for row in others:
         assert row["loss"] == pytest.approx(first["loss"], rel=2e-6), row["run"]
         assert row["later_loss"] == pytest.approx(first["later_loss"], rel=1e-5), row["run"]
