@@ -1,35 +1,53 @@
-"""llmos-benchmark: step times of meshes against each other, on one model.
+"""llmos-benchmark: step times of our meshes and of other frameworks, on one model.
 
-    llmos-benchmark --run=1 --run=pipe=2:microbatches=8 --threads_per_device=1
-    llmos-benchmark --run=1 --run=data=2 --run=tensor=2 --num_layers=4 --rounds=5 --json=out.json
+    llmos-benchmark --run=1 --run=data=2 --run=pipe=2:microbatches=8 --threads_per_device=1
+    llmos-benchmark --run=fit:1 --run=keras --run=keras:jit --rounds=5
+    llmos-benchmark --run=data=4 --run=mirrored=4 --run=torch-ddp=4 --json=out.json --png=out.png
+    llmos-benchmark --run=1 --run=1
 
 A run is a mesh, 1 for one device, with what MeshStrategy takes besides: MESH:name=value,... of
-schedule, microbatches, num_chunks, zero_stage, context_method and sequence_parallel. Each has a
-process of its own, and they take turns: in each round every run does some steps while the others
-rest, so that what else the machine does meets all of them. Ratios are to the first run, round by
-round. The model is a GPT on 128 tokens, the optimizer AdamW, everything float32.
+schedule, microbatches, num_chunks, zero_stage, context_method and sequence_parallel. It is timed by
+the bare train step; fit:MESH:... by model.fit, as the runs of Keras are. The others are:
+
+KINDS
+N is a number of devices, or of processes with PyTorch. What is not installed, by
+pip install '.[bench]', has a row that says so.
+
+Each run has a process of its own, or several, and they take turns: in each round every run does
+some steps while the others rest, so that what else the machine does meets all of them. Ratios are
+to the first run, round by round, and by --ratio between any two. What is left of a difference
+between a run and itself (the last example) is noise, and so is what its rounds differ by.
+
+All train the same GPT of 128 tokens in float32 with AdamW, from the same weights and on the same
+batch: the first loss and the one after 5 steps are the same, or the times cannot be compared. Exit
+status 1 when a run fails, or none is left; one whose framework is not installed does not count.
 """
 
+import contextlib
 import json
-import statistics
-import subprocess
 import sys
-import tempfile
-from dataclasses import asdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import tensorflow as tf
 import tqdm
 
+from llmos_tf.scripts import benchmark_report
+from llmos_tf.scripts.benchmark_options import BenchmarkOptions
+from llmos_tf.scripts.benchmark_process import RunProcesses
 from llmos_tf.scripts.flags import benchmark_options_from_flags, refusing_misuse, start
-from llmos_tf.scripts.options import BenchmarkOptions, Candidate
+from llmos_tf.scripts.peers import kinds
+from llmos_tf.training.flops import peak_flops
 from llmos_tf.training.reporting import bar_interval
 
 _FLAGS = (
     "run",
+    "ratio",
     "rounds",
     "steps_in_round",
     "threads_per_device",
+    "patience",
     "vocab_size",
     "hidden_size",
     "num_heads",
@@ -38,121 +56,74 @@ _FLAGS = (
     "global_batch",
     "seed",
     "json",
+    "png",
 )
+
+_LIST = "\n".join(f"    {kinds.form(name):30} {kind.summary}" for name, kind in kinds.KINDS.items())
+__doc__ = __doc__.replace("KINDS\n", f"{_LIST}\n\n")
 
 
 def main() -> int:
-    """Runs, and prints a table."""
+    """Runs, and prints tables."""
     with refusing_misuse():
         options = benchmark_options_from_flags()
-    workers = []
+    runs = [RunProcesses(options, candidate) for candidate in options.candidates]
     try:
-        for candidate in tqdm.tqdm(options.candidates, "first steps", mininterval=bar_interval()):
-            workers.append(_Worker(options, candidate))
-        for _ in tqdm.trange(options.rounds, desc="rounds", mininterval=bar_interval()):
-            for worker in workers:
-                worker.take_steps(options.steps_in_round)
+        with _ended(runs):
+            for run in tqdm.tqdm(runs, "first steps", mininterval=bar_interval()):
+                run.start()
+            for _ in tqdm.trange(options.rounds, desc="rounds", mininterval=bar_interval()):
+                for run in runs:
+                    run.take_steps(options.steps_in_round)
+    except KeyboardInterrupt:
+        print("Stopped. All runs are ended.", file=sys.stderr)
+        return 130
+    rows = benchmark_report.make_rows(runs, options, _peak_of_a_gpu())
+    pairs = benchmark_report.pair_rows(rows, options.pairs)
+    print(benchmark_report.table(rows))
+    for line in benchmark_report.disagreements(rows):
+        print(f"\n{line}")
+    if pairs:
+        print(f"\n{benchmark_report.pair_table(pairs)}")
+    _write(options, rows, pairs)
+    failed = any("error" in row for row in rows)
+    return 1 if failed or all("missing" in row for row in rows) else 0
+
+
+@contextlib.contextmanager
+def _ended(runs: list[RunProcesses]) -> Iterator[None]:
+    """Leaves no process behind."""
+    try:
+        yield
     finally:
-        for worker in workers:
-            worker.end()
-    rows = [_row(worker, workers[0], options) for worker in workers]
-    print(_table(rows))
+        for run in runs:
+            run.end()
+
+
+def _peak_of_a_gpu() -> float | None:
+    """FLOP/s, or None without a GPU. When the runs have ended: it may have to measure."""
+    gpus = tf.config.list_physical_devices("GPU")
+    return peak_flops(("GPU:0",))[0] if gpus else None
+
+
+def _write(
+    options: BenchmarkOptions, rows: list[dict[str, Any]], pairs: list[dict[str, Any]]
+) -> None:
     if options.json:
-        result = {"options": asdict(options), "rows": rows}
+        result = {
+            "options": options.to_dict(),
+            "rows": rows,
+            "pairs": pairs,
+            "ratios": benchmark_report.all_ratios(rows),
+        }
         Path(options.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    return 1 if any("error" in row for row in rows) else 0
-
-
-class _Worker:
-    """The process of one run."""
-
-    def __init__(self, options: BenchmarkOptions, candidate: Candidate):
-        self.name = candidate.text
-        self.rounds: list[list[float]] = []
-        self.first: dict[str, Any] = {}
-        self.peak_bytes = 0
-        self.error: str | None = None
-        job = options.job(candidate)
-        command = [sys.executable, "-m", "llmos_tf.scripts.benchmark_worker", json.dumps(job)]
-        pipe = subprocess.PIPE
-        # A file, which does not fill up while nobody reads it.
-        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by `end`)
-        self._process = subprocess.Popen(
-            command, stdin=pipe, stdout=pipe, stderr=self._errors, text=True
+    if options.png:
+        config = options.workload.config
+        title = (
+            f"GPT of {config.num_parameters():,} parameters, {options.global_batch} × "
+            f"{options.seq_len} tokens a step, float32, {options.rounds} rounds"
         )
-        self.first = self._answer() or {}
-
-    def take_steps(self, count: int) -> None:
-        """Takes steps, and waits for them."""
-        if self.error is None:
-            self._process.stdin.write(f"{count}\n")
-            self._process.stdin.flush()
-            answer = self._answer()
-            if answer is not None:
-                self.rounds.append(answer["times"])
-                self.peak_bytes = answer["peak_bytes"]
-
-    def end(self) -> None:
-        """Ends the process."""
-        self._process.stdin.close()
-        self._process.wait()
-        self._process.stdout.close()
-        self._errors.close()
-
-    def _answer(self) -> dict[str, Any] | None:
-        line = self._process.stdout.readline()
-        if line:
-            return json.loads(line)
-        self._process.wait()
-        self._errors.seek(0)
-        lines = self._errors.read().strip().splitlines()
-        self.error = lines[-1] if lines else "it ended without a word"
-        return None
-
-
-def _row(worker: _Worker, base: _Worker, options: BenchmarkOptions) -> dict[str, Any]:
-    if worker.error is not None:
-        return {"run": worker.name, "error": worker.error}
-    times = [time for times in worker.rounds for time in times]
-    median = statistics.median(times)
-    row = {
-        "run": worker.name,
-        "median_seconds": median,
-        "min_seconds": min(times),
-        "max_seconds": max(times),
-        "tokens_per_second": options.global_batch * options.seq_len / median,
-        "first_step_seconds": worker.first["first_step"],
-        "peak_bytes": worker.peak_bytes,
-        "loss": worker.first["loss"],
-    }
-    if base.error is None:
-        pairs = zip(worker.rounds, base.rounds, strict=True)
-        ratios = [statistics.median(mine) / statistics.median(its) for mine, its in pairs]
-        row["ratio"] = statistics.median(ratios)
-        row["ratios"] = ratios
-    return row
-
-
-def _table(rows: list[dict[str, Any]]) -> str:
-    """Markdown."""
-    lines = [
-        "| run | step, median s | min | max | ratio | its rounds | tokens/s | first step, s | "
-        "peak MB | first loss |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        if "error" in row:
-            lines.append(f"| {row['run']} | failed: {row['error']} |" + " |" * 8)
-            continue
-        ratios = row.get("ratios")
-        spread = f"{min(ratios):.2f} to {max(ratios):.2f}" if ratios else ""
-        lines.append(
-            f"| {row['run']} | {row['median_seconds']:.3f} | {row['min_seconds']:.3f} | "
-            f"{row['max_seconds']:.3f} | {row.get('ratio', float('nan')):.3f} | {spread} | "
-            f"{row['tokens_per_second']:,.0f} | {row['first_step_seconds']:.1f} | "
-            f"{row['peak_bytes'] / 2**20:,.0f} | {row['loss']:.4f} |"
-        )
-    return "\n".join(lines)
+        benchmark_report.draw(rows, Path(options.png), title)
 
 
 def run() -> None:

@@ -14,7 +14,8 @@ from pathlib import Path
 import tensorflow as tf
 from absl import app, flags
 
-from llmos_tf.scripts.options import BenchmarkOptions, PlanOptions, RunOptions, VerifyOptions
+from llmos_tf.scripts.benchmark_options import BenchmarkOptions
+from llmos_tf.scripts.options import PlanOptions, RunOptions, VerifyOptions
 
 FLAGS = flags.FLAGS
 
@@ -74,22 +75,40 @@ flags.DEFINE_string(
 )
 flags.DEFINE_integer("stages", 4, "Stages of the pipeline that is drawn.")
 flags.DEFINE_string(
-    "png", None, "File of the picture; by default schedule-<name>-<stages>x<microbatches>.png here."
+    "png",
+    None,
+    "File of the picture. By default llmos-plan's is schedule-<name>-<stages>x<microbatches>.png "
+    "here, and llmos-benchmark draws none.",
 )
 flags.DEFINE_multi_string(
     "run",
     ["1", "pipe=2:microbatches=8"],
-    "A mesh and its options, MESH:name=value,...; 1 is one device. Several, --run for each.",
+    "What is timed: a mesh and its options, MESH:name=value,..., 1 for one device, or another "
+    "framework, as said above. Several, --run for each.",
+)
+flags.DEFINE_multi_string(
+    "ratio",
+    [],
+    "RUN/RUN, such as data=4/mirrored=4: also tell the ratio of these two. Several, --ratio for "
+    "each.",
+)
+flags.DEFINE_integer(
+    "patience",
+    900,
+    "Seconds without an answer after which a run is ended as failed.",
 )
 flags.DEFINE_integer("rounds", 5, "In each, every run has its turn.")
 flags.DEFINE_integer("steps_in_round", 3, "Steps of a run in a round.")
 flags.DEFINE_integer(
-    "threads_per_device", None, "Threads by which a CPU device computes; by default all cores'."
+    "threads_per_device",
+    None,
+    "Threads by which a CPU device computes; by default all cores', which PyTorch's processes "
+    "share. JAX has no such setting.",
 )
-flags.DEFINE_integer("vocab_size", 512, "Tokens of the vocabulary.")
+flags.DEFINE_integer("vocab_size", 8192, "Tokens of the vocabulary.")
 flags.DEFINE_integer("hidden_size", 256, "Width of the model.")
 flags.DEFINE_integer("num_heads", 8, "Attention heads.")
-flags.DEFINE_integer("num_layers", 8, "Blocks.")
+flags.DEFINE_integer("num_layers", 4, "Blocks.")
 flags.DEFINE_string("model", None, "MODULE:FUNCTION that returns a compiled keras.Model.")
 flags.DEFINE_string(
     "batches",
@@ -110,7 +129,7 @@ flags.DEFINE_float(
     "in float32, 1e-2 in mixed_bfloat16 and mixed_float16.",
 )
 
-for _name in ("mesh", "run"):
+for _name in ("mesh", "run", "ratio"):
     # absl adds a sentence of its own.
     FLAGS[_name].help = FLAGS[_name].help.rpartition(";")[0]
 
@@ -176,7 +195,8 @@ def benchmark_options_from_flags() -> BenchmarkOptions:
         ValueError: flags that do not go together.
     """  # noqa: DOC502
     values = {name: FLAGS[name].value for name in BenchmarkOptions.__dataclass_fields__}
-    values["run"] = tuple(values["run"])
+    for name in ("run", "ratio"):
+        values[name] = tuple(values[name])
     values["seq_len"] = values["seq_len"] or 128
     return BenchmarkOptions(**values)
 

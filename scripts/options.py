@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from llmos_tf.config import GPTConfig
 from llmos_tf.mesh import Mesh
 from llmos_tf.strategies.options import CONTEXT_METHODS, MeshOptions
 from llmos_tf.strategies.schedules import SCHEDULES, Schedule, make_schedule
@@ -45,7 +44,7 @@ class RunOptions:
     json: str | None
 
     def __post_init__(self):
-        _check_counts(self, "global_batch", "steps", "save_every")
+        check_counts(self, "global_batch", "steps", "save_every")
         if self.seq_len is not None and self.seq_len < 2:
             raise ValueError(f"--seq_len is at least 2. Received: {self.seq_len}.")
         if not self.learning_rate > 0:
@@ -55,7 +54,7 @@ class RunOptions:
         for name in ("data", "mesh"):
             if not getattr(self, name):
                 raise ValueError(f"--{name} is empty. See --help for what it takes.")
-        _check_folder_of("json", self.json)
+        check_folder_of("json", self.json)
         if self.resume and not self.workdir:
             raise ValueError("--resume goes on from a checkpoint in --workdir. Name the folder.")
         _check_axes(self, [self.parsed_mesh])
@@ -114,7 +113,7 @@ class VerifyOptions:
                     f"--{name}=MODULE:FUNCTION is missing: the function that {what}. "
                     "See --help for an example."
                 )
-        _check_counts(self, "steps")
+        check_counts(self, "steps")
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"--seed is from 0 to {2**31 - 1}. Received: {self.seed}.")
         if len(set(map(str, self.parsed_meshes))) < len(self.mesh):
@@ -122,7 +121,7 @@ class VerifyOptions:
                 f"A mesh is given twice. Received: --mesh={' --mesh='.join(self.mesh)}."
             )
         _check_axes(self, self.parsed_meshes)
-        _check_folder_of("json", self.json)
+        check_folder_of("json", self.json)
 
     @property
     def parsed_meshes(self) -> list[Mesh]:
@@ -151,11 +150,9 @@ class PlanOptions:
                 f"What is to be drawn? Give --draw_schedule={SCHEDULES[1]}, or another one of "
                 f"{', '.join(SCHEDULES)}."
             )
-        _check_counts(self, "stages", "microbatches", "num_chunks")
-        if self.png and not self.png.endswith(".png"):
-            raise ValueError(f"--png={self.png} is not the name of a .png file.")
+        check_counts(self, "stages", "microbatches", "num_chunks")
         for name in ("json", "png"):
-            _check_folder_of(name, getattr(self, name))
+            check_folder_of(name, getattr(self, name))
 
     def schedule(self) -> Schedule:
         """Returns the schedule.
@@ -169,128 +166,16 @@ class PlanOptions:
         return make_schedule(self.draw_schedule, self.stages, self.microbatches, self.num_chunks)
 
 
-# What a run of llmos-benchmark may say besides its mesh, and what MeshStrategy calls it.
-_RUN_OPTIONS = {
-    "schedule": "schedule",
-    "microbatches": "num_microbatches",
-    "num_chunks": "num_chunks",
-    "zero_stage": "zero_stage",
-    "context_method": "context_method",
-    "sequence_parallel": "sequence_parallel",
-}
+def check_counts(options: Any, *names: str) -> None:
+    """Checks that flags are positive.
 
-
-@dataclass(frozen=True, kw_only=True)
-class Candidate:
-    """A run of llmos-benchmark: what one `--run` says.
+    Args:
+        options: has them as fields.
+        *names: of the flags.
 
     Raises:
-        ValueError: no mesh, an unknown option, or options that do not fit the mesh.
-    """  # noqa: DOC502
-
-    text: str
-    mesh: str
-    options: dict[str, Any]
-
-    @classmethod
-    def parse(cls, text: str) -> "Candidate":
-        """Returns the run that a `--run` describes.
-
-        Args:
-            text: ``MESH`` or ``MESH:name=value,...``.
-
-        Returns:
-            The run, checked.
-
-        Raises:
-            ValueError: no mesh, an unknown option, or options that do not fit the mesh.
-        """  # noqa: DOC502
-        mesh, _, rest = text.partition(":")
-        options: dict[str, Any] = {}
-        for item in filter(None, rest.split(",")):
-            name, _, value = item.partition("=")
-            if name not in _RUN_OPTIONS or not value:
-                raise ValueError(
-                    f"--run={text}: after the mesh come {', '.join(_RUN_OPTIONS)}, as name=value. "
-                    f"Received: {item!r}."
-                )
-            options[_RUN_OPTIONS[name]] = int(value) if value.isdecimal() else value
-        if "sequence_parallel" in options:
-            options["sequence_parallel"] = str(options["sequence_parallel"]).lower() in (
-                "1",
-                "true",
-            )
-        parsed = Mesh.from_string(mesh)
-        resolved = MeshOptions(**options).resolved(parsed)
-        options["num_microbatches"] = resolved.num_microbatches
-        return cls(text=text, mesh=mesh, options=options)
-
-
-@dataclass(frozen=True, kw_only=True)
-class BenchmarkOptions:
-    """What the flags of llmos-benchmark said, checked. Fields have the flags' names and meanings.
-
-    Raises:
-        ValueError: a value that no benchmark can have.
+        ValueError: one that is less than 1.
     """
-
-    run: tuple[str, ...]
-    rounds: int
-    steps_in_round: int
-    threads_per_device: int | None
-    vocab_size: int
-    hidden_size: int
-    num_heads: int
-    num_layers: int
-    seq_len: int
-    global_batch: int
-    seed: int
-    json: str | None
-
-    def __post_init__(self):
-        _check_counts(self, "rounds", "steps_in_round", "seq_len", "global_batch")
-        if self.threads_per_device is not None:
-            _check_counts(self, "threads_per_device")
-        _check_folder_of("json", self.json)
-        GPTConfig(**self._model())
-        for candidate in self.candidates:
-            mesh = Mesh.from_string(candidate.mesh)
-            parts = mesh.batch_ways * candidate.options["num_microbatches"]
-            if self.global_batch % parts:
-                raise ValueError(
-                    f"--global_batch={self.global_batch} is cut into {parts} parts by "
-                    f"--run={candidate.text}. Take a multiple of {parts}."
-                )
-
-    @property
-    def candidates(self) -> list[Candidate]:
-        """The runs."""
-        return [Candidate.parse(text) for text in self.run]
-
-    def job(self, candidate: Candidate) -> dict[str, Any]:
-        """Returns what the process of a run is told.
-
-        Args:
-            candidate: the run.
-
-        Returns:
-            A dictionary that JSON takes.
-        """
-        return {
-            "mesh": candidate.mesh,
-            "options": candidate.options,
-            "model": self._model(),
-            "global_batch": self.global_batch,
-            "threads_per_device": self.threads_per_device,
-            "seed": self.seed,
-        }
-
-    def _model(self) -> dict[str, int]:
-        names = ("vocab_size", "hidden_size", "num_heads", "num_layers")
-        return {name: getattr(self, name) for name in names} | {"max_positions": self.seq_len}
-
-
-def _check_counts(options: Any, *names: str) -> None:
     for name in names:
         if getattr(options, name) < 1:
             raise ValueError(f"--{name} is at least 1. Received: {getattr(options, name)}.")
@@ -298,9 +183,9 @@ def _check_counts(options: Any, *names: str) -> None:
 
 def _check_axes(options: RunOptions | VerifyOptions, meshes: Sequence[Mesh]) -> None:
     """Finds a flag of an axis that no mesh has, or that the axis cannot have."""
-    _check_counts(options, "num_chunks")
+    check_counts(options, "num_chunks")
     if options.microbatches is not None:
-        _check_counts(options, "microbatches")
+        check_counts(options, "microbatches")
     for name, known in (("schedule", SCHEDULES), ("context_method", CONTEXT_METHODS)):
         if getattr(options, name) not in known:
             raise ValueError(
@@ -328,8 +213,18 @@ def _check_axes(options: RunOptions | VerifyOptions, meshes: Sequence[Mesh]) -> 
             ).resolved(mesh)
 
 
-def _check_folder_of(name: str, path: str | None) -> None:
-    """Finds before the run that its results could not be written."""
+def check_folder_of(name: str, path: str | None) -> None:
+    """Finds before the run that its results could not be written.
+
+    Args:
+        name: of the flag.
+        path: of the file, or None for none.
+
+    Raises:
+        ValueError: its folder does not exist, or a picture has another ending than .png.
+    """
+    if name == "png" and path and not path.endswith(".png"):
+        raise ValueError(f"--png={path} is not the name of a .png file.")
     if path and not Path(path).absolute().parent.is_dir():
         raise ValueError(
             f"--{name}={path}: the folder {Path(path).absolute().parent} does not exist. Make it "

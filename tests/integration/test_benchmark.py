@@ -1,10 +1,13 @@
-"""llmos-benchmark: what it says of runs, and of one that fails."""
+"""llmos-benchmark: what it says of runs, and of one that fails, and that all do the same work."""
 
+import dataclasses
+import importlib.util
 import json
 
 import pytest
 
 from llmos_tf.scripts import benchmark
+from llmos_tf.scripts.peers import kinds
 
 SMALL = (
     *("--rounds=2", "--steps_in_round=2", "--vocab_size=16", "--hidden_size=16", "--num_heads=2"),
@@ -30,3 +33,36 @@ def test_runs_take_turns(run_program, tmp_path):
     assert one["ratio"] == 1
     assert "cuts a model into 4 parts" in failed["error"]
     assert "| pipe=4 | failed: ValueError: A pipeline of 4 stages" in result.out
+
+
+# Those of other frameworks are as many as are installed: CI has TensorFlow only.
+PEERS = ["fit:data=2", "keras", "dtensor-data=2", "dtensor-tensor=2"]
+MORE = {
+    "jax": ["jax-data=2", "jax-tensor=2"],
+    "torch": ["torch", "torch-ddp=2", "torch-fsdp=2", "torch-tensor=2", "torch-pipe=2"],
+}
+
+
+@pytest.mark.slow
+def test_all_do_the_same_work(run_program, monkeypatch, tmp_path):
+    """Fails if a peer has another model, batch or optimizer. A first loss without a bias, a mask or
+    the tied product, and a later one without weight decay, differ by more. Or if one that is not
+    installed has no row, or counts as a failure."""
+    absent = dataclasses.replace(kinds.KINDS["jax"], needs="no_such_package")
+    monkeypatch.setitem(kinds.KINDS, "jax", absent)
+    installed = [
+        run for name, runs in MORE.items() if importlib.util.find_spec(name) for run in runs
+    ]
+    runs = [f"--run={run}" for run in ("1", *PEERS, *installed, "jax")]
+    path, png = tmp_path / "out.json", tmp_path / "out.png"
+    small = [flag for flag in SMALL if "rounds" not in flag and "threads" not in flag]
+    result = run_program(benchmark, *runs, *small, "--rounds=1", f"--json={path}", f"--png={png}")
+    assert result.status == 0, result.out
+    first, *others, last = json.loads(path.read_text())["rows"]
+    assert last["missing"] == "no_such_package is not installed: pip install '.[bench]'"
+    for row in others:
+        assert row["loss"] == pytest.approx(first["loss"], rel=2e-6), row["run"]
+        assert row["later_loss"] == pytest.approx(first["later_loss"], rel=1e-5), row["run"]
+    # Training it is: five updates.
+    assert first["later_loss"] < 0.99 * first["loss"]
+    assert png.read_bytes().startswith(b"\x89PNG")

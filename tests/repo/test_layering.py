@@ -22,6 +22,7 @@ FOLDERS = {
 RANKS = {
     "llmos_tf.config": 0,  # no TensorFlow
     "llmos_tf._internal": 0,  # every private import of TensorFlow and Keras
+    "llmos_tf.resident": 0,  # no TensorFlow
     "llmos_tf.agreement": 1,
     "llmos_tf.devices": 1,
     "llmos_tf.mesh": 1,  # numpy only
@@ -57,6 +58,11 @@ RANKS = {
 # The only file that may import these.
 PRIVATE = ("tensorflow.python", "keras.src")
 INTERNAL = "llmos_tf._internal"
+
+
+# Who alone imports PyTorch, which is not installed with the package: the modules of llmos-benchmark
+# that run it, each in a process of its own. JAX is imported by Keras only.
+TORCH_USERS = "llmos_tf.scripts.peers.torch_"
 
 
 def sources() -> dict[str, str]:
@@ -141,6 +147,21 @@ def test_files_import_only_downwards():
 def test_private_names_of_tensorflow_and_keras_are_in_one_file():
     # Fails when an upgrade of TensorFlow could break a file other than _internal.py.
     assert private_imports(sources()) == []
+
+
+def test_other_frameworks_are_needed_by_nobody_else():
+    # Fails when the package, or a program without their runs, needs PyTorch or JAX; or when a
+    # module that needs PyTorch is imported by one that does not.
+    modules = sources()
+    users = {name for name in modules if name.startswith(TORCH_USERS)}
+    assert users
+    for name, source in modules.items():
+        found = imports(ast.parse(source), modules)
+        packages = {target.split(".")[0] for target in found}
+        assert "jax" not in packages, name
+        if name not in users:
+            assert "torch" not in packages, name
+            assert not found & users, name
 
 
 def test_all_files_are_looked_at():

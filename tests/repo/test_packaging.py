@@ -37,6 +37,7 @@ INNER = {
     "program",
     "traffic",
     "wire",
+    "resident",
 }
 
 
