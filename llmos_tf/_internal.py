@@ -97,6 +97,7 @@ __all__ = [
     "TFOptimizer",
     "TensorFlowTrainer",
     "Trainer",
+    "attributes_of_function",
     "call_with_captures",
     "captured_container",
     "connected_cluster",
@@ -118,6 +119,8 @@ __all__ = [
     "reserve_collective_keys",
     "saving_lib",
     "select_replica",
+    "specs_of_traces",
+    "specs_of_train_function",
     "stop_recording",
     "synced_reads",
     "written_captures",
@@ -176,6 +179,27 @@ def model_of_predict_step(fn: Any) -> Any:
     return inspect.getclosurevars(fn).nonlocals["self"]
 
 
+def specs_of_train_function(model: Any) -> Any:
+    """Returns specs of the data of a step that `fit` has traced last, or None if there is none.
+
+    Rows of replicas have a spec for each replica. Keras keeps the traced function inside others.
+    """
+    function = getattr(model, "train_function", None)
+    if not inspect.isfunction(function):
+        return None
+    one_step = inspect.getclosurevars(function).nonlocals.get("one_step_on_data")
+    specs = specs_of_traces(getattr(one_step, "__wrapped__", None))
+    return specs[-1][0] if specs else None
+
+
+def specs_of_traces(function: Any) -> list[tuple]:
+    """Returns the arguments for which a `tf.function` was traced, as specs, oldest first."""
+    if not hasattr(function, "_list_all_concrete_functions"):
+        return []
+    traces = function._list_all_concrete_functions()
+    return [trace.structured_input_signature[0] for trace in traces]
+
+
 def connected_cluster() -> tuple[list[str], int] | None:
     """Returns the addresses of the processes this one has joined and its index, or None."""
     server = eager_context.context()._collective_ops_server_def
@@ -220,6 +244,11 @@ def written_captures(concrete: Any) -> list[Any]:
 def graph_of_function(graph: Any, name: str) -> Any:
     """Returns the graph of a function that ops of `graph` call, which is not public."""
     return graph._get_function(name).graph
+
+
+def attributes_of_function(graph: Any, name: str) -> Any:
+    """Returns the attributes of a function that ops of `graph` call, name to AttrValue."""
+    return graph._get_function(name).cached_definition.attr
 
 
 def call_with_captures(concrete: Any, inputs: list[Any], captures: list[Any]) -> Any:

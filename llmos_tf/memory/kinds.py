@@ -62,42 +62,50 @@ def kinds_of_values(
 
 
 def _followers(order: list[Work], first: Iterable[int]) -> set[int]:
-    """All that is computed of some values."""
+    """All that is computed of some values, and what another rank has sent."""
     found = set(first)
     for work in order:
-        if work.kind != READS and not found.isdisjoint(work.inputs):
+        received = work.kind == "CollectiveBcastRecvV2"
+        if received or (work.kind != READS and not found.isdisjoint(work.inputs)):
             found.update(work.outputs)
     return found
 
 
 def _gradients(order: list[Work], of_data: set[int], trained: Container[int]) -> set[int]:
     makers = {i: work for work in order for i in work.outputs}
+    # Sums of gradients begin with zeros.
+    zeros = {i for i, work in makers.items() if work.kind in ("Fill", "ZerosLike")}
+    candidates = of_data | zeros
     found: set[int] = set()
     for work in reversed(order):
         if _writes(work) and work.inputs[0] in trained:
-            found.update(i for i in work.inputs[1:] if i in of_data)
+            found.update(i for i in work.inputs[1:] if i in candidates)
         if found.isdisjoint(work.outputs):
             continue
         # A reduce-scatter is an exchange and a sum of what came.
         sums = work.kind == "Sum" and _comes_from_collective(work, makers)
         if sums or work.kind in _ELEMENTWISE or _moves(work) or _is_collective(work):
-            found.update(i for i in work.inputs if i in of_data)
+            found.update(i for i in work.inputs if i in candidates)
     return found
 
 
 def _packed(order: list[Work]) -> set[int]:
     """What was laid together for a collective and is used by nothing else."""
-    users: dict[int, list[Work]] = {}
+    users: dict[int, list[Work]] = {i: [] for work in order for i in work.outputs}
     for work in order:
         for i in work.inputs:
             users.setdefault(i, []).append(work)
 
     def is_only_sent(i: int) -> bool:
-        return bool(users.get(i)) and all(
-            _is_collective(user)
-            or (user.shares[:1] == [0] and len(user.outputs) == 1 and is_only_sent(user.outputs[0]))
-            for user in users[i]
+        return any(_is_collective(user) for user in users[i]) and all(
+            _is_collective(user) or not used_again(user, i) for user in users[i]
         )
+
+    def used_again(user: Work, i: int) -> bool:
+        """Whether what an op makes of a value, other than sending it, is used."""
+        same = [output for output, place in zip(user.outputs, user.shares, strict=True)
+                if place is not None and user.inputs[place] == i]
+        return not same or any(users.get(output) for output in same)
 
     return {
         i

@@ -21,6 +21,8 @@ _SAME_MEMORY = frozenset(
     "Identity Reshape StopGradient PreventGradient ExpandDims Squeeze EnsureShape Bitcast "
     "Snapshot PlaceholderWithDefault CheckNumerics".split()
 )
+# Ops whose result is as long as their input at most.
+_SELECTS = ("Where", "Unique", "UniqueV2", "DynamicPartition")
 _CALLS = ("PartitionedCall", "StatefulPartitionedCall")
 _CONDITIONS = ("If", "StatelessIf", "Case", "StatelessCase")
 _LOOPS = ("While", "StatelessWhile")
@@ -153,7 +155,7 @@ class ProgramOps:
                 for i, (same, first) in enumerate(zip(body.outputs, body.inputs, strict=True))
             ]
             return work.outputs, [work]
-        sizes = [self._size(x, inputs) for x in op.outputs]
+        sizes = [self._size(op, x, inputs) for x in op.outputs]
         work = self._work(op.type, op.name, inputs, sizes, after=after)
         if op.type in _SAME_MEMORY:
             work.shares[0] = 0
@@ -164,23 +166,33 @@ class ProgramOps:
         self._follow_constant(op, work)
         return work.outputs if not op.type.startswith("QueueEnqueue") else [], [work]
 
-    def _size(self, x: tf.Tensor, inputs: list[int]) -> int:
-        """Bytes of a tensor; of one whose shape is not known, those of the largest input."""
-        if x.shape.num_elements() is None and x.dtype not in _NO_BYTES:
-            return max([bytes_of(x), *(self.sizes[i] for i in inputs)])
-        return bytes_of(x)
+    def _size(self, op: tf.Operation, x: tf.Tensor, inputs: list[int]) -> int:
+        """Bytes of an output. Where its length follows from values, it is as long as an input is."""
+        if x.dtype in _NO_BYTES or x.shape.is_fully_defined() or x.shape.rank is None:
+            return bytes_of(x)
+        if op.type == "Reshape":
+            return self.sizes[inputs[0]]
+        if "Split" in op.type:
+            # What is split is taken to be split evenly.
+            return max(self.sizes[i] for i in inputs) // len(op.outputs)
+        for y, i in zip(op.inputs, inputs, strict=True):
+            if y.dtype not in _NO_BYTES and not y.shape.is_fully_defined() and bytes_of(y):
+                length = self.sizes[i] / bytes_of(y)
+                return round(bytes_of(x) * length)
+        length = max((y.shape.num_elements() or 1 for y in op.inputs), default=1)
+        return bytes_of(x) * length if op.type in _SELECTS else bytes_of(x)
 
     def _add_call(
         self, op: tf.Operation, inputs: list[int], after: list[Work]
     ) -> tuple[list[int], list[Work]]:
         graph = _function(op, "f")
-        definition = op.graph._get_function(op.get_attr("f").name).function_def
-        if definition.attr["_XlaMustCompile"].b:
+        attributes = _internal.attributes_of_function(op.graph, op.get_attr("f").name)
+        if attributes["_XlaMustCompile"].b:
             work = self._work(op.type, op.name, inputs, list(map(bytes_of, op.outputs)), after=after)
             work.body = ProgramOps(graph)
             return work.outputs, [work]
         outputs, ends = self._add(graph, inputs, after)
-        if not definition.attr["_noinline"].b:
+        if not attributes["_noinline"].b:
             return outputs, ends
         # The caller holds the arguments until the function is through.
         shares = [len(inputs) + i for i in range(len(outputs))]
