@@ -43,11 +43,13 @@ def kinds_of_values(
     """
     order = program.in_order_of_execution()
     of_data = _followers(order, data)
+    read = [i for work in order if work.kind == READS for i in work.outputs]
+    of_variables = _followers(order, read) - of_data
     gradients = _gradients(order, of_data, trained)
     kinds = {}
     for work in order:
         for i in work.outputs:
-            kinds[i] = GRADIENTS if i in gradients else ACTIVATIONS if i in of_data else OTHER
+            kinds[i] = GRADIENTS if i in gradients else OTHER if i in of_variables else ACTIVATIONS
     moved: set[int] = set()
     for work in order:
         moves = _moves(work) and not moved.isdisjoint(work.inputs)
@@ -84,7 +86,11 @@ def _gradients(order: list[Work], of_data: set[int], trained: Container[int]) ->
             continue
         # A reduce-scatter is an exchange and a sum of what came.
         sums = work.kind == "Sum" and _comes_from_collective(work, makers)
-        if sums or work.kind in _ELEMENTWISE or _moves(work) or _is_collective(work):
+        if len(work.shares) > 1 and None not in work.shares:
+            # Each output is one of the inputs, as it is.
+            same = zip(work.outputs, work.shares, strict=True)
+            found.update(work.inputs[place] for output, place in same if output in found)
+        elif sums or work.kind in _ELEMENTWISE or _moves(work) or _is_collective(work):
             found.update(i for i in work.inputs if i in candidates)
     return found
 

@@ -170,17 +170,30 @@ class ProgramOps:
         """Bytes of an output. Where its length follows from values, it is as long as an input is."""
         if x.dtype in _NO_BYTES or x.shape.is_fully_defined() or x.shape.rank is None:
             return bytes_of(x)
+        sizes = [self.sizes[i] for i in inputs]
         if op.type == "Reshape":
-            return self.sizes[inputs[0]]
-        if "Split" in op.type:
-            # What is split is taken to be split evenly.
-            return max(self.sizes[i] for i in inputs) // len(op.outputs)
-        for y, i in zip(op.inputs, inputs, strict=True):
-            if y.dtype not in _NO_BYTES and not y.shape.is_fully_defined() and bytes_of(y):
-                length = self.sizes[i] / bytes_of(y)
-                return round(bytes_of(x) * length)
-        length = max((y.shape.num_elements() or 1 for y in op.inputs), default=1)
-        return bytes_of(x) * length if op.type in _SELECTS else bytes_of(x)
+            return sizes[0]
+        if op.type in ("ConcatV2", "Pack"):
+            return sum(sizes)
+        if "Split" in op.type or op.type == "Unpack":
+            # Into parts that are taken to be equal.
+            return max(sizes) // len(op.outputs)
+        if op.type == "Slice" and op.inputs[1].op.type == "ConcatOffset":
+            # The gradient of what was laid end to end.
+            return sizes[0] // len(op.inputs[1].op.outputs)
+        if op.type in _SELECTS:
+            return bytes_of(x) * max((y.shape.num_elements() or 1 for y in op.inputs), default=1)
+        unknown = _num_unknown(x)
+        lengths = [
+            size // bytes_of(y)
+            for y, size in zip(op.inputs, sizes, strict=True)
+            if bytes_of(y) and _num_unknown(y) == unknown
+        ]
+        if lengths:
+            return bytes_of(x) * max(lengths)
+        # As when rows are laid in another order, or each rank sends some of them.
+        alike = (s for y, s in zip(op.inputs, sizes, strict=True) if y.dtype == x.dtype)
+        return max([bytes_of(x), *alike])
 
     def _add_call(
         self, op: tf.Operation, inputs: list[int], after: list[Work]
@@ -192,6 +205,8 @@ class ProgramOps:
             work.body = ProgramOps(graph)
             return work.outputs, [work]
         outputs, ends = self._add(graph, inputs, after)
+        # A graph that has been differentiated since has more outputs, for its gradient.
+        outputs = outputs[: len(op.outputs)]
         if not attributes["_noinline"].b:
             return outputs, ends
         # The caller holds the arguments until the function is through.
@@ -276,6 +291,10 @@ def bytes_of(x: tf.Tensor) -> int:
     if x.dtype in _NO_BYTES or x.shape.rank is None:
         return 0
     return math.prod(size or (1 if size is None else 0) for size in x.shape) * x.dtype.size
+
+
+def _num_unknown(x: tf.Tensor) -> int:
+    return 0 if x.shape.rank is None else list(x.shape).count(None)
 
 
 def _ends_of(op: tf.Operation, ends: dict[str, list[Work]]) -> Iterable[Work]:
