@@ -16,6 +16,7 @@ _MOVES = frozenset(
     "ConcatV2 GatherV2 IdentityN Pack Pad PadV2 Return Slice Split SplitV StridedSlice Tile "
     "Transpose Unpack".split()
 )
+_RECEIVES = "CollectiveBcastRecvV2"
 # What computes one element of one element of each input: a gradient stays one.
 _ELEMENTWISE = OVERWRITES | {"ClipByValue", "Select", "SelectV2"}
 
@@ -43,9 +44,8 @@ def kinds_of_values(
     """
     order = program.in_order_of_execution()
     of_data = _followers(order, data)
-    read = [i for work in order if work.kind == READS for i in work.outputs]
-    of_variables = _followers(order, read) - of_data
-    gradients = _gradients(order, of_data, trained)
+    of_variables = _of_variables(order) - of_data
+    gradients = _gradients(order, of_variables, trained)
     kinds = {}
     for work in order:
         for i in work.outputs:
@@ -67,21 +67,27 @@ def _followers(order: list[Work], first: Iterable[int]) -> set[int]:
     """All that is computed of some values, and what another rank has sent."""
     found = set(first)
     for work in order:
-        received = work.kind == "CollectiveBcastRecvV2"
-        if received or (work.kind != READS and not found.isdisjoint(work.inputs)):
+        if work.kind == _RECEIVES or not found.isdisjoint(work.inputs):
             found.update(work.outputs)
     return found
 
 
-def _gradients(order: list[Work], of_data: set[int], trained: Container[int]) -> set[int]:
+def _of_variables(order: list[Work]) -> set[int]:
+    """What is computed of variables, but for random numbers, whose seeds are variables too."""
+    found: set[int] = set()
+    for work in order:
+        follows = not found.isdisjoint(work.inputs) and "Random" not in work.kind
+        if work.kind == READS or follows:
+            found.update(work.outputs)
+    return found
+
+
+def _gradients(order: list[Work], of_variables: set[int], trained: Container[int]) -> set[int]:
     makers = {i: work for work in order for i in work.outputs}
-    # Sums of gradients begin with zeros.
-    zeros = {i for i, work in makers.items() if work.kind in ("Fill", "ZerosLike")}
-    candidates = of_data | zeros
     found: set[int] = set()
     for work in reversed(order):
         if _writes(work) and work.inputs[0] in trained:
-            found.update(i for i in work.inputs[1:] if i in candidates)
+            found.update(i for i in work.inputs[1:] if i not in of_variables)
         if found.isdisjoint(work.outputs):
             continue
         # A reduce-scatter is an exchange and a sum of what came.
@@ -91,7 +97,7 @@ def _gradients(order: list[Work], of_data: set[int], trained: Container[int]) ->
             same = zip(work.outputs, work.shares, strict=True)
             found.update(work.inputs[place] for output, place in same if output in found)
         elif sums or work.kind in _ELEMENTWISE or _moves(work) or _is_collective(work):
-            found.update(i for i in work.inputs if i in candidates)
+            found.update(i for i in work.inputs if i not in of_variables)
     return found
 
 
