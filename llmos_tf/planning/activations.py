@@ -82,6 +82,29 @@ def of_block(config: ModelConfig, tokens: Tokens) -> float:
     return 2 * _of_norm(config, tokens) + halves + masks
 
 
+def while_recomputed(config: ModelConfig, tokens: Tokens) -> tuple[float, float]:
+    """Bytes while a block that was not kept is computed again and differentiated.
+
+    What it has computed is held until it is through: of the hidden layer eight tensors for GELU and
+    six for a gate, of the stream 12 and 14. To them come those of the gradient, in either half.
+
+    Args:
+        config: of the model.
+        tokens: of the device.
+
+    Returns:
+        Bytes while its feed-forward half is differentiated, and while its attention is.
+    """
+    is_gpt = isinstance(config, GPTConfig)
+    hidden, stream = of_hidden(config, tokens), of_stream(config, tokens)
+    heads = tokens.in_region * tokens.positions * config.num_heads / tokens.tensor
+    scores = heads * WIDE if tokens.positions < _BLOCKWISE else 0
+    held = (8 if is_gpt else 6) * hidden + scores
+    streams = 12 if is_gpt else 14
+    in_feed_forward = held + (5 if is_gpt else 6) * hidden + streams * stream
+    return in_feed_forward, held + 3 * scores + (streams + 2) * stream
+
+
 def of_stream(config: ModelConfig, tokens: Tokens) -> float:
     """Bytes of the residual stream: n'Dc.
 
@@ -126,7 +149,7 @@ def of_head(config: ModelConfig, tokens: Tokens) -> float:
         Bytes.
     """
     logits = tokens.in_region * -(-config.vocab_size // tokens.tensor)
-    narrow = 0 if tokens.compute_bytes == WIDE else tokens.compute_bytes
+    narrow = 0 if tokens.compute_bytes == WIDE or tokens.tensor > 1 else tokens.compute_bytes
     copies = 4 * WIDE if tokens.tensor > 1 and not tokens.in_parts else WIDE
     return _of_norm(config, tokens) + logits * (copies + narrow)
 

@@ -21,6 +21,7 @@ from llmos_tf.strategies.schedules import Schedule
 
 KINDS = ("parameters", "gradients", "optimizer", "activations", "communication", "other")
 BUCKET_BYTES = 32 * 2**20
+REMAT = ("none", "block")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,9 +42,10 @@ class Plan:
         decays: whether it decays weights before the gradients are there, into copies of them.
         compute_bytes: size of a number that is computed with, 4 or 2.
         bucket_bytes: of gradients that are reduced together.
+        remat: "none", or "block" where each block is computed again in the backward pass.
 
     Raises:
-        ValueError: rows or positions that cannot be dealt to the devices.
+        ValueError: another `remat`, rows or positions that cannot be dealt to the devices.
     """
 
     config: ModelConfig
@@ -59,9 +61,12 @@ class Plan:
     decays: bool = False
     compute_bytes: int = WIDE
     bucket_bytes: int = BUCKET_BYTES
+    remat: str = "none"
     weights: list[Weight] = field(init=False, repr=False)
 
     def __post_init__(self):
+        if self.remat not in REMAT:
+            raise ValueError(f"remat is one of {', '.join(REMAT)}. Received: {self.remat!r}.")
         parts = self.mesh.batch_ways * self.num_microbatches
         if self.global_batch % parts:
             raise ValueError(
@@ -149,6 +154,8 @@ class _Stage:
     def _moments(self, stage: int) -> list[dict[str, float]]:
         if self._plan.schedule is not None:
             return self._in_pipeline(stage)
+        if self._plan.remat == "block":
+            return [self._turn(), *self._recomputed(), *self._buckets()]
         return [self._turn(), self._last_block(), *self._buckets()]
 
     def _turn(self) -> dict[str, float]:
@@ -159,7 +166,8 @@ class _Stage:
         if tokens.tensor == 1 and tokens.compute_bytes == WIDE:
             # The gradients of the last product: of its input, and of the table.
             kept += stream
-            table = WIDE * config.vocab_size * config.hidden_size
+            if self._mesh.axis_size("fsdp") == 1:
+                table = WIDE * config.vocab_size * config.hidden_size
         return {"activations": kept, "gradients": table, "communication": self._gathered()}
 
     def _last_block(self) -> dict[str, float]:
@@ -174,6 +182,22 @@ class _Stage:
             "gradients": gradients,
             "communication": self._gathered(),
         }
+
+    def _recomputed(self) -> list[dict[str, float]]:
+        """While a block is computed again: the last one, or the first one, after all others."""
+        config, tokens = self._plan.config, self._plan.tokens
+        halves = activations.while_recomputed(config, tokens)
+        others = (self._num_blocks - 1) * activations.of_stream(config, tokens)
+        head = [w for w in self._weights if LAST in w.units]
+        moments = []
+        for bytes_now, kernels in zip(halves, (("down",), ("down", "up", "output/")), strict=True):
+            first = self._made_before_first_block(kernels)
+            last = WIDE * total(head, lambda w: w.slice_elements(self._mesh))
+            moments += [
+                {"activations": bytes_now + others, "gradients": last},
+                {"activations": bytes_now, "gradients": first},
+            ]
+        return moments
 
     def _buckets(self) -> list[dict[str, float]]:
         """When a bucket of gradients is full, and they are laid together."""
@@ -221,15 +245,7 @@ class _Stage:
         hidden = (5 if isinstance(config, GPTConfig) else 6) * activations.of_hidden(
             config, plan.tokens
         )
-        first = min((unit for unit in self._units if isinstance(unit, int)), default=None)
-        done = [
-            w
-            for w in self._weights
-            if w.units[0] not in (FIRST, first)
-            or (w.units[0] == first and "down" in w.name)
-            or (LAST in w.units and LAST in self._units)
-        ]
-        made = WIDE * total(done, lambda w: w.slice_elements(self._mesh))
+        made = self._made_before_first_block(("down",))
         sums = self._gradient_bytes()
         # The sum of what both ends of the model have of a common table.
         tied = [w for w in self._weights if {FIRST, LAST} <= set(w.units)]
@@ -247,9 +263,23 @@ class _Stage:
         config, tokens = self._plan.config, self._plan.tokens
         narrow = tokens.compute_bytes != WIDE
         stream = 0 if narrow else activations.of_stream(config, tokens)
+        if self._plan.remat == "block":
+            return (self._num_blocks + 1) * activations.of_stream(config, tokens)
         # What comes in; what goes out is kept by who gets it.
         ends = 1 if LAST in self._units else 0
         return self._num_blocks * activations.of_block(config, tokens) + ends * stream
+
+    def _made_before_first_block(self, kernels: tuple[str, ...]) -> float:
+        """Gradients of all that comes after the stage's first block, and of some of its kernels."""
+        first = min((unit for unit in self._units if isinstance(unit, int)), default=None)
+        done = [
+            w
+            for w in self._weights
+            if w.units[0] not in (FIRST, first)
+            or (w.units[0] == first and any(name in w.name for name in kernels))
+            or (LAST in w.units and LAST in self._units)
+        ]
+        return WIDE * total(done, lambda w: w.slice_elements(self._mesh))
 
     def _gradient_bytes(self) -> float:
         return WIDE * total(self._weights, lambda w: w.slice_elements(self._mesh))
@@ -302,6 +332,9 @@ def _work(plan: Plan, unit: str | int) -> float:
         return PER_ELEMENT * 3 * positions * width
     if unit == LAST:
         elements = 2 * positions * config.vocab_size / row.tensor + 6 * positions * width
+        if row.tensor > 1:
+            # The model by itself gathers its logits: laid in order, gathered, laid back and cut.
+            elements += 4 * positions * config.vocab_size
         return 2 * positions * kernels + PER_ELEMENT * elements
     scores = positions**2 * config.num_heads / row.tensor
     hidden = activations.of_hidden(config, row) / row.compute_bytes
