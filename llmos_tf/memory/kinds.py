@@ -13,8 +13,22 @@ ACTIVATIONS, GRADIENTS, COMMUNICATION, OTHER = (
 )
 # Ops by which elements are laid in another order or place.
 _MOVES = frozenset(
-    "ConcatV2 GatherV2 IdentityN Pack Pad PadV2 Return Slice Split SplitV StridedSlice Tile "
-    "Transpose Unpack".split()
+    [
+        "ConcatV2",
+        "GatherV2",
+        "IdentityN",
+        "Pack",
+        "Pad",
+        "PadV2",
+        "Return",
+        "Slice",
+        "Split",
+        "SplitV",
+        "StridedSlice",
+        "Tile",
+        "Transpose",
+        "Unpack",
+    ]
 )
 _RECEIVES = "CollectiveBcastRecvV2"
 # What computes one element of one element of each input: a gradient stays one.
@@ -115,8 +129,11 @@ def _packed(order: list[Work]) -> set[int]:
 
     def used_again(user: Work, i: int) -> bool:
         """Whether what an op makes of a value, other than sending it, is used."""
-        same = [output for output, place in zip(user.outputs, user.shares, strict=True)
-                if place is not None and user.inputs[place] == i]
+        same = [
+            output
+            for output, place in zip(user.outputs, user.shares, strict=True)
+            if place is not None and user.inputs[place] == i
+        ]
         return not same or any(users.get(output) for output in same)
 
     return {

@@ -1,8 +1,8 @@
 """What is in memory at the fullest moment of a traced program.
 
 The program's ops are gone through in the order in which the executor takes them. An output takes
-memory when its op runs, and gives it back after the last op that uses it. Two things take no memory:
-an output that is its input in another shape, and one that TensorFlow writes over an input of the
+memory when its op runs, and gives it back after the last op that uses it. Two take no memory: an
+output that is its input in another shape, and one that TensorFlow writes over an input of the
 same size that nobody else needs. A variable that is assigned while an earlier value of it is still
 to be used has two.
 """
@@ -15,10 +15,58 @@ from llmos_tf.memory.program_ops import ProgramOps, Work
 
 # Ops that write their first output over an input of its size, where nobody else needs that one.
 OVERWRITES = frozenset(
-    "Abs Add AddN AddV2 BiasAdd Cast CollectiveReduceV2 Cos Div DivNoNan Elu Erf Exp Expm1 Floor "
-    "Inv InvGrad LeakyRelu Log Log1p LogSoftmax Maximum Minimum Mul MulNoNan Neg Pow RealDiv "
-    "Reciprocal Relu Relu6 ReluGrad Rsqrt RsqrtGrad Selu Sigmoid SigmoidGrad Sign Sin Softmax "
-    "Softplus Sqrt SqrtGrad Square SquaredDifference Sub Tanh TanhGrad Xdivy ZerosLike".split()
+    [
+        "Abs",
+        "Add",
+        "AddN",
+        "AddV2",
+        "BiasAdd",
+        "Cast",
+        "CollectiveReduceV2",
+        "Cos",
+        "Div",
+        "DivNoNan",
+        "Elu",
+        "Erf",
+        "Exp",
+        "Expm1",
+        "Floor",
+        "Inv",
+        "InvGrad",
+        "LeakyRelu",
+        "Log",
+        "Log1p",
+        "LogSoftmax",
+        "Maximum",
+        "Minimum",
+        "Mul",
+        "MulNoNan",
+        "Neg",
+        "Pow",
+        "RealDiv",
+        "Reciprocal",
+        "Relu",
+        "Relu6",
+        "ReluGrad",
+        "Rsqrt",
+        "RsqrtGrad",
+        "Selu",
+        "Sigmoid",
+        "SigmoidGrad",
+        "Sign",
+        "Sin",
+        "Softmax",
+        "Softplus",
+        "Sqrt",
+        "SqrtGrad",
+        "Square",
+        "SquaredDifference",
+        "Sub",
+        "Tanh",
+        "TanhGrad",
+        "Xdivy",
+        "ZerosLike",
+    ]
 )
 _ASSIGNS = "AssignVariableOp"
 _CHANGES = ("AssignAddVariableOp", "AssignSubVariableOp")
@@ -71,6 +119,8 @@ class _Run:
         self._block_of: dict[int, int] = {}
         self._block_sizes: dict[int, int] = {}
         self._users: Counter[int] = Counter()
+        # The value for which a block was made.
+        self._first_value: dict[int, int] = {}
         # The block of each variable's value, by the number of its handle.
         self._stored: dict[int, int] = {}
         self._variable_sizes = _variable_sizes(program, order)
@@ -109,10 +159,10 @@ class _Run:
         if size and overwrites and place == first:
             for i in work.inputs:
                 block = self._block_of.get(i)
-                if block is not None and block not in taken and self._block_sizes[block] == size:
-                    if self._users[block] == 1:
-                        taken.add(block)
-                        return block
+                fits = block is not None and self._block_sizes[block] == size
+                if fits and block not in taken and self._users[block] == 1:
+                    taken.add(block)
+                    return block
         return self._new(output, size)
 
     def _write(self, work: Work) -> None:
@@ -140,7 +190,6 @@ class _Run:
         block = len(self._users) + 1
         self._users[block] = 0
         self._block_sizes[block] = size
-        self._first_value = getattr(self, "_first_value", {})
         self._first_value[block] = value
         self._live += size
         return block

@@ -1,9 +1,9 @@
 """A traced program as one list of ops: what it calls stands in its place, loops are unrolled.
 
-TensorFlow's executor takes ops in the order in which their inputs are ready, and the ops of a called
-function take part in that. So does this list. Of a condition the branch with more ops is taken. A
-loop stays one op with its body, but for one that works on queues, as a pipeline's: such a one is
-unrolled, turn by turn, so that what waits in the queues is seen.
+TensorFlow's executor takes ops in the order in which their inputs are ready, and the ops of a
+called function take part in that. So does this list. Of a condition the branch with more ops is
+taken. A loop stays one op with its body, but for one that works on queues, as a pipeline's: such a
+one is unrolled, turn by turn, so that what waits in the queues is seen.
 """
 
 import math
@@ -18,8 +18,19 @@ from llmos_tf import _internal
 
 # Ops whose first output is the memory of their first input.
 _SAME_MEMORY = frozenset(
-    "Identity Reshape StopGradient PreventGradient ExpandDims Squeeze EnsureShape Bitcast "
-    "Snapshot PlaceholderWithDefault CheckNumerics".split()
+    [
+        "Identity",
+        "Reshape",
+        "StopGradient",
+        "PreventGradient",
+        "ExpandDims",
+        "Squeeze",
+        "EnsureShape",
+        "Bitcast",
+        "Snapshot",
+        "PlaceholderWithDefault",
+        "CheckNumerics",
+    ]
 )
 # Ops whose result is as long as their input at most.
 _SELECTS = ("Where", "Unique", "UniqueV2", "DynamicPartition")
@@ -50,7 +61,7 @@ class Work:
         outputs: numbers of values.
         after: what it waits for beside its inputs.
         shares: for each output the place of the input whose memory it is, or None.
-        bodies: for a loop, or what XLA compiles: the program inside.
+        body: for a loop, or what XLA compiles: the program inside.
         is_loop: whether the body runs more than once.
     """
 
@@ -131,7 +142,9 @@ class ProgramOps:
             waits = after + [w for x in op.control_inputs for w in _ends_of(x, ends)]
             outputs, ends[op.name] = self._add_op(op, inputs, waits)
             known.update({x.ref(): i for x, i in zip(op.outputs, outputs, strict=True)})
-        return [known[x.ref()] for x in graph.outputs], [w for op in operations for w in ends[op.name]]
+        return [known[x.ref()] for x in graph.outputs], [
+            w for op in operations for w in ends[op.name]
+        ]
 
     def _add_op(
         self, op: tf.Operation, inputs: list[int], after: list[Work]
@@ -147,7 +160,9 @@ class ProgramOps:
             if turns is not None and _has_queue(_function(op, "body")):
                 return self._unroll(_function(op, "body"), turns, inputs, after)
             body = ProgramOps(_function(op, "body"))
-            work = self._work(op.type, op.name, inputs, list(map(bytes_of, op.outputs)), after=after)
+            work = self._work(
+                op.type, op.name, inputs, list(map(bytes_of, op.outputs)), after=after
+            )
             work.body, work.is_loop = body, True
             # What every turn hands on as it is.
             work.shares = [
@@ -167,7 +182,7 @@ class ProgramOps:
         return work.outputs if not op.type.startswith("QueueEnqueue") else [], [work]
 
     def _size(self, op: tf.Operation, x: tf.Tensor, inputs: list[int]) -> int:
-        """Bytes of an output. Where its length follows from values, it is as long as an input is."""
+        """Bytes of an output. Where its length follows from values, it is an input's."""
         if x.dtype in _NO_BYTES or x.shape.is_fully_defined() or x.shape.rank is None:
             return bytes_of(x)
         sizes = [self.sizes[i] for i in inputs]
@@ -201,7 +216,9 @@ class ProgramOps:
         graph = _function(op, "f")
         attributes = _internal.attributes_of_function(op.graph, op.get_attr("f").name)
         if attributes["_XlaMustCompile"].b:
-            work = self._work(op.type, op.name, inputs, list(map(bytes_of, op.outputs)), after=after)
+            work = self._work(
+                op.type, op.name, inputs, list(map(bytes_of, op.outputs)), after=after
+            )
             work.body = ProgramOps(graph)
             return work.outputs, [work]
         outputs, ends = self._add(graph, inputs, after)

@@ -148,10 +148,23 @@ def of_head(config: ModelConfig, tokens: Tokens) -> float:
     Returns:
         Bytes.
     """
-    logits = tokens.in_region * -(-config.vocab_size // tokens.tensor)
+    logits = of_logits(config, tokens) / WIDE
     narrow = 0 if tokens.compute_bytes == WIDE or tokens.tensor > 1 else tokens.compute_bytes
     copies = 4 * WIDE if tokens.tensor > 1 and not tokens.in_parts else WIDE
     return _of_norm(config, tokens) + logits * (copies + narrow)
+
+
+def of_logits(config: ModelConfig, tokens: Tokens) -> float:
+    """Bytes of the logits as the loss computes with them: nVw/t.
+
+    Args:
+        config: of the model.
+        tokens: of the device.
+
+    Returns:
+        Bytes.
+    """
+    return tokens.in_region * -(-config.vocab_size // tokens.tensor) * WIDE
 
 
 def _of_norm(config: ModelConfig, tokens: Tokens) -> float:
@@ -173,8 +186,8 @@ def _of_attention(config: ModelConfig, tokens: Tokens) -> float:
     kept = 2 * query + key_value + _residual(config, tokens)
     if tokens.context > 1:
         if tokens.context_method == "ring":
-            # The others' keys and values: they come again for the backward pass, which does not wait
-            # with that. Queries in halves, results, and the sums that attention begins with.
+            # The others' keys and values, which come again for the backward pass, before it begins.
+            # Queries in halves, results, and the sums that attention begins with.
             return kept + (tokens.context + 1) * key_value + 4 * query
         # Keys and values of all positions and some heads, and the sums.
         return kept + query

@@ -212,7 +212,7 @@ class _Stage:
         kept = activations.of_block(plan.config, plan.tokens)
         bucket, unfinished = 0.0, 0
         order = [LAST, *range(blocks - 1, -1, -1), FIRST]
-        sizes = {unit: 0.0 for unit in order}
+        sizes = dict.fromkeys(order, 0.0)
         for weight in self._weights:
             sizes[weight.units[0]] += WIDE * weight.slice_elements(mesh)
         for number, unit in enumerate(order):
@@ -251,10 +251,16 @@ class _Stage:
         tied = [w for w in self._weights if {FIRST, LAST} <= set(w.units)]
         common = WIDE * total(tied, lambda w: w.slice_elements(self._mesh))
         sent = self._gathered() + common
-        return [
+        moments = [
             {"activations": kept + hidden, "gradients": sums + made, "communication": sent},
             {"activations": kept, "gradients": 2 * sums, "communication": sent},
         ]
+        if LAST in self._units:
+            # The gradient of the logits; of those cut by vocabulary, softmax and labels.
+            logits = activations.of_logits(config, plan.tokens)
+            logits *= 2 if plan.size("tensor") > 1 else 1
+            moments.append({"activations": kept + logits, "gradients": sums})
+        return moments
 
     # --- parts of them ----------------------------------------------------------------------------
 

@@ -65,7 +65,7 @@ CASES = {
     "llama-pipe-tensor": (
         LLAMA_4,
         {"pipe": 2, "tensor": 2},
-        {"num_microbatches": 4, "schedule": "gpipe"},
+        {"num_microbatches": 4},
         {},
     ),
     "gpt-remat": (GPT_SIZES, {"data": 2}, {}, {"remat": "block"}),
