@@ -9,7 +9,7 @@ from llmos_tf.planning.simulation import Timeline, simulate
 
 # Of `llmos_tf.planning.drawing`, which is imported when one is asked for: Matplotlib takes most of
 # a second, and whoever trains needs the memory model alone.
-_DRAWING = ("draw_memory", "draw_png", "draw_text", "text_legend")
+_DRAWING = ("draw_png", "draw_text", "text_legend")
 
 __all__ = ["Bubble", "Plan", "Timeline", "memory_of", "published_bubble", "simulate", *_DRAWING]
 
