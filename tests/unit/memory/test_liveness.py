@@ -93,7 +93,7 @@ def test_a_loop_holds_what_it_carries_and_its_body():
 
 
 def test_a_variable_that_is_assigned_while_it_is_used_is_there_twice():
-    """Fails if the old value is taken to be gone when the new one is stored."""
+    """Fails if the old value is taken to be gone when the new one is stored, or never goes."""
     variable = tf.Variable(tf.zeros([N]))
 
     def late_use(x):
@@ -105,8 +105,21 @@ def test_a_variable_that_is_assigned_while_it_is_used_is_there_twice():
         variable.assign_add(x)
         return x
 
+    def change_while_used(x):
+        before = variable.read_value()
+        variable.assign_add(x)
+        return tf.reduce_sum(tf.math.cumprod(before))
+
+    def again_and_again(x):
+        for _ in range(5):
+            variable.assign(tf.cumsum(variable.read_value()))
+        return x
+
     assert near(2 * FLOATS)(peak(late_use, [N]))
     assert peak(no_use, [N]) <= SMALL
+    assert near(2 * FLOATS)(peak(change_while_used, [N]))
+    # The value before and the next one, and not all that there were.
+    assert near(2 * FLOATS)(peak(again_and_again, [N]))
 
 
 def test_kinds_follow_from_what_is_done_with_values():
