@@ -67,6 +67,7 @@ class Plan:
     def __post_init__(self):
         if self.remat not in REMAT:
             raise ValueError(f"remat is one of {', '.join(REMAT)}. Received: {self.remat!r}.")
+        object.__setattr__(self, "weights", weights_of(self.config, self.mesh))
         parts = self.mesh.batch_ways * self.num_microbatches
         if self.global_batch % parts:
             raise ValueError(
@@ -80,7 +81,6 @@ class Plan:
                 f"A context axis of {pieces} splits positions into equal parts. "
                 f"Received: seq_len={self.seq_len}."
             )
-        object.__setattr__(self, "weights", weights_of(self.config, self.mesh))
 
     def size(self, axis: str) -> int:
         """Returns the size of a mesh axis.
