@@ -105,6 +105,7 @@ __all__ = [
     "TFOptimizer",
     "TensorFlowTrainer",
     "Trainer",
+    "attributes_of_function",
     "call_with_captures",
     "captured_container",
     "connected_cluster",
@@ -128,6 +129,8 @@ __all__ = [
     "reserve_collective_keys",
     "saving_lib",
     "select_replica",
+    "specs_of_traces",
+    "specs_of_train_function",
     "stop_recording",
     "synced_reads",
     "traced_functions",
@@ -215,6 +218,26 @@ def untraced(function: Any) -> Any:
     return function._clone(None)
 
 
+def specs_of_train_function(model: Any) -> Any:
+    """Returns specs of the data of a step that `fit` has traced last, or None if there is none.
+
+    Rows of replicas have a spec for each replica. Keras keeps the traced function inside others.
+    """
+    function = getattr(model, "train_function", None)
+    if not inspect.isfunction(function):
+        return None
+    one_step = inspect.getclosurevars(function).nonlocals.get("one_step_on_data")
+    specs = specs_of_traces(getattr(one_step, "__wrapped__", None))
+    return specs[-1][0] if specs else None
+
+
+def specs_of_traces(function: Any) -> list[tuple]:
+    """Returns the arguments for which a `tf.function` was traced, as specs, oldest first."""
+    if not isinstance(function, tf.types.experimental.PolymorphicFunction):
+        return []
+    return [trace.structured_input_signature[0] for trace in traced_functions(function)]
+
+
 def connected_cluster() -> tuple[list[str], int] | None:
     """Returns the addresses of the processes this one has joined and its index, or None."""
     server = eager_context.context()._collective_ops_server_def
@@ -259,6 +282,11 @@ def written_captures(concrete: Any) -> list[Any]:
 def graph_of_function(graph: Any, name: str) -> Any:
     """Returns the graph of a function that ops of `graph` call, which is not public."""
     return graph._get_function(name).graph
+
+
+def attributes_of_function(graph: Any, name: str) -> Any:
+    """Returns the attributes of a function that ops of `graph` call, name to AttrValue."""
+    return graph._get_function(name).cached_definition.attr
 
 
 def call_with_captures(concrete: Any, inputs: list[Any], captures: list[Any]) -> Any:

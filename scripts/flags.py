@@ -180,7 +180,8 @@ def plan_options_from_flags() -> PlanOptions:
         ValueError: flags that do not go together.
     """  # noqa: DOC502
     values = {name: FLAGS[name].value for name in PlanOptions.__dataclass_fields__}
-    if values["microbatches"] is None:
+    values["mesh"] = values["mesh"][-1] if values["mesh"] else None
+    if values["microbatches"] is None and values["draw_schedule"]:
         values["microbatches"] = 2 * values["stages"]
     return PlanOptions(**values)
 

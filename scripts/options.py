@@ -139,18 +139,29 @@ class PlanOptions:
 
     draw_schedule: str | None
     stages: int
-    microbatches: int
+    microbatches: int | None
     num_chunks: int
     png: str | None
     json: str | None
+    preset: str
+    mesh: str | None
+    global_batch: int
+    seq_len: int | None
+    zero_stage: int
+    sequence_parallel: bool
+    context_method: str
 
     def __post_init__(self):
-        if not self.draw_schedule:
+        if not self.draw_schedule and not self.mesh:
             raise ValueError(
-                f"What is to be drawn? Give --draw_schedule={SCHEDULES[1]}, or another one of "
-                f"{', '.join(SCHEDULES)}."
+                f"What is to be planned? Give --draw_schedule={SCHEDULES[1]}, or another one of "
+                f"{', '.join(SCHEDULES)}, for its picture; or --mesh=data=8 and a --preset, for "
+                "the memory that each device needs."
             )
-        check_counts(self, "stages", "microbatches", "num_chunks")
+        counts = ("stages", "num_chunks", "global_batch")
+        check_counts(self, *counts, *(("microbatches",) if self.microbatches is not None else ()))
+        if self.png and not self.png.endswith(".png"):
+            raise ValueError(f"--png={self.png} is not the name of a .png file.")
         for name in ("json", "png"):
             check_folder_of(name, getattr(self, name))
 
@@ -164,6 +175,38 @@ class PlanOptions:
             ValueError: an unknown name, or numbers that it does not take.
         """  # noqa: DOC502
         return make_schedule(self.draw_schedule, self.stages, self.microbatches, self.num_chunks)
+
+    def run_options(self, schedule: str) -> dict[str, Any]:
+        """Returns what `llmos_tf.memory.estimate` takes beside a configuration and a mesh.
+
+        Args:
+            schedule: the name of the one on the pipe axis.
+
+        Returns:
+            Its keyword arguments.
+
+        Raises:
+            ValueError: options that do not fit the mesh.
+        """  # noqa: DOC502
+        mesh = Mesh.from_string(self.mesh)
+        options = MeshOptions(
+            zero_stage=self.zero_stage,
+            sequence_parallel=self.sequence_parallel,
+            context_method=self.context_method,
+            schedule=schedule,
+            num_microbatches=self.microbatches if mesh.axis_size("pipe") > 1 else None,
+            num_chunks=self.num_chunks,
+        ).resolved(mesh)
+        return {
+            "global_batch": self.global_batch,
+            "seq_len": self.seq_len,
+            "zero_stage": options.zero_stage,
+            "sequence_parallel": options.sequence_parallel,
+            "context_method": options.context_method,
+            "schedule": options.schedule,
+            "num_microbatches": options.num_microbatches,
+            "num_chunks": options.num_chunks,
+        }
 
 
 def check_counts(options: Any, *names: str) -> None:

@@ -1,13 +1,18 @@
-"""llmos-plan: what a pipeline schedule looks like and costs, before anything is run.
+"""llmos-plan: what a run takes and a pipeline schedule looks like, before anything is run.
 
+    llmos-plan --preset=llama2_7b --mesh=fsdp=8,tensor=2 --zero_stage=3 --global_batch=64
     llmos-plan --draw_schedule=1f1b
     llmos-plan --draw_schedule=zb-v --stages=4 --microbatches=8 --png=zb-v.png
     llmos-plan --draw_schedule=interleaved --stages=4 --microbatches=8 --num_chunks=2
 
-It prints a row for each stage and a column for each tick, the bubble (what the stage with the
-longest span waits in it) with the published formula, the activations that each stage holds at most,
-and the time of a step when forward, gradient of inputs and gradient of weights take a stage 1 each.
-The same is left as a PNG, to scale. Schedules: gpipe, 1f1b, interleaved, zb-h1, zb-v.
+With --mesh it prints what each device holds at the fullest moment of a step with AdamW in float32:
+parameters, gradients, optimizer state, activations, communication, and copies of weights.
+
+With --draw_schedule it prints a row for each stage and a column for each tick, the bubble (what the
+stage with the longest span waits in it) with the published formula, the activations that each stage
+holds at most, and the time of a step when forward, gradient of inputs and gradient of weights take
+a stage 1 each. The same is left as a PNG, to scale. Schedules: gpipe, 1f1b, interleaved, zb-h1,
+zb-v.
 """
 
 import json
@@ -15,11 +20,31 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+from llmos_tf import memory
+from llmos_tf.mesh import Mesh
+from llmos_tf.models.presets import get_preset
 from llmos_tf.planning import draw_png, draw_text, published_bubble, simulate, text_legend
-from llmos_tf.scripts.flags import plan_options_from_flags, refuse, refusing_misuse, start
+from llmos_tf.planning.memory_model import KINDS
+from llmos_tf.scripts.flags import FLAGS, plan_options_from_flags, refuse, refusing_misuse, start
+from llmos_tf.scripts.options import PlanOptions
 from llmos_tf.strategies.schedules import Schedule, make_schedule
 
-_FLAGS = ("draw_schedule", "stages", "microbatches", "num_chunks", "png", "json")
+_FLAGS = (
+    "preset",
+    "mesh",
+    "global_batch",
+    "seq_len",
+    "zero_stage",
+    "sequence_parallel",
+    "context_method",
+    "schedule",
+    "draw_schedule",
+    "stages",
+    "microbatches",
+    "num_chunks",
+    "png",
+    "json",
+)
 _WIDTH = 100
 
 
@@ -27,6 +52,8 @@ def main() -> int:
     """Draws and prints."""
     with refusing_misuse():
         options = plan_options_from_flags()
+        if not options.draw_schedule:
+            return _plan_memory(options)
         schedule = options.schedule()
     result = _figures(schedule)
     png = Path(
@@ -41,6 +68,25 @@ def main() -> int:
     except OSError as error:
         refuse(f"The picture or the JSON cannot be written: {error}. Give another --png or --json.")
     _print(schedule, result)
+    return 0
+
+
+def _plan_memory(options: PlanOptions) -> int:
+    """Prints the memory of each kind of device: those of a stage of the pipeline are alike."""
+    run, mesh = options.run_options(FLAGS.schedule), Mesh.from_string(options.mesh)
+    rows = memory.estimate(get_preset(options.preset), mesh, **run)
+    by_stage = {mesh.coordinate(rank)["pipe"]: row for rank, row in enumerate(rows)}
+    stages = [{kind: row[kind] for kind in KINDS} for row in by_stage.values()]
+    names = ["each device"] if len(stages) == 1 else [f"stage {i}" for i in range(len(stages))]
+    print(f"{options.preset} on {mesh}, {options.global_batch} rows a step, bytes of a device:\n")
+    width = max(map(len, KINDS)) + 1
+    print(" " * width + "".join(f"{name:>16}" for name in names))
+    for kind in KINDS:
+        print(f"{kind:{width}}" + "".join(f"{row[kind]:16,}" for row in stages))
+    print(f"{'total':{width}}" + "".join(f"{sum(row.values()):16,}" for row in stages))
+    if options.json:
+        result = {"preset": options.preset, "mesh": str(mesh), **run, "stages": stages}
+        Path(options.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return 0
 
 

@@ -16,7 +16,7 @@ import tensorflow as tf
 
 from llmos_tf import _internal
 from llmos_tf.blocks import Block, NotABlock
-from llmos_tf.memory import rematerialised
+from llmos_tf.memory.rematerialisation import rematerialised
 from llmos_tf.program import current_program
 
 # On a model that was compiled with `jit_compile=True` under a mesh strategy.

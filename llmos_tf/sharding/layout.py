@@ -168,15 +168,17 @@ class Layout:
         # Not `slices == shape`: one row over two ranks leaves slices of one row, the second empty.
         if any(axis is not None for axis in self.dims):
             part = tf.slice(self._padded(full, mesh), begin, slices)
+        elif not self.flat:
+            return full
         else:
             part = full
-        if not self.flat:
-            return part
-        part = tf.reshape(part, [-1])
+        if self.flat:
+            part = tf.reshape(part, [-1])
         for axis, length in zip(self.flat, self.flat_lengths(shape, mesh)[1:], strict=True):
             part = pad_to(part, length * mesh.axis_size(axis))
             part = part[where[axis] * length : (where[axis] + 1) * length]
-        return part
+        # A slice along dimension 0 is a view, and whoever stores it keeps all of the full tensor.
+        return tf.raw_ops.DeepCopy(x=part)
 
     def join(self, parts: dict[int, tf.Tensor], shape: tuple[int, ...], mesh: Mesh) -> tf.Tensor:
         """Puts the full tensor together.

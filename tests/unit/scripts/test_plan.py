@@ -81,7 +81,7 @@ def test_a_name_is_enough(run_plan, tmp_path):
         (["--draw_schedule=1f1b", "--png=no/such.png"], "--png=no/such.png: the folder"),
         (["--draw_schedule=1f1b", "--png=it.txt"], "--png=it.txt is not the name of a .png"),
         (["--draw_schedule=1f1b", "--json=no/such.json"], "--json=no/such.json: the folder"),
-        (["--draw_schedule=1f1b", "--preset=gpt_tiny"], "--preset is not a flag of this program"),
+        (["--draw_schedule=1f1b", "--steps=5"], "--steps is not a flag of this program"),
     ],
 )
 def test_what_it_refuses(arguments, words, run_plan, tmp_path):
@@ -102,3 +102,18 @@ def test_help_is_enough_to_start(run_plan):
     assert "    llmos-plan --draw_schedule=1f1b\n" in out
     assert [name for name in plan._FLAGS if f"--{name}\n" not in out] == []
     assert max(map(len, out.splitlines())) <= 100
+
+
+def test_it_tells_the_memory_of_a_mesh_that_is_not_there(run_plan, tmp_path):
+    """Fails if the table is not the estimate's, or a plan needs the devices that it is for."""
+    arguments = ("--preset=llama2_7b", "--mesh=fsdp=64,pipe=2", "--zero_stage=3")
+    status, out, err = run_plan(*arguments, "--global_batch=128", "--json=out.json")
+    assert (status, err) == (0, "")
+    result = json.loads((tmp_path / "out.json").read_text())
+    # 6.74e9 weights in float32, and twice as many numbers of AdamW's, over 128 devices.
+    state = sum(stage["parameters"] + stage["optimizer"] for stage in result["stages"])
+    assert state * 64 == pytest.approx(12 * 6738415616, rel=0.001)
+    assert f"{result['stages'][0]['parameters']:,}" in out
+    status, out, err = run_plan("--mesh=data=3", "--global_batch=8")
+    assert status == 2
+    assert "global_batch=8" in err

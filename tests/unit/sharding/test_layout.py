@@ -240,3 +240,19 @@ def test_examples():
     results = doctest.testmod(layout_module, extraglobs={"Mesh": Mesh})
     assert results.attempted > 0
     assert results.failed == 0
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout((None, None), ("fsdp",)),
+        Layout(("tensor", None)),
+        Layout(("tensor", None), ("fsdp",)),
+    ],
+)
+def test_a_part_is_no_view_of_the_whole(layout):
+    """Fails if a part shares the memory of the full tensor, which then lives as long as it."""
+    mesh = Mesh(fsdp=2, tensor=2)
+    full = tf.random.normal([64, 64])
+    part = layout.part_of(full, mesh, 0)
+    assert not np.shares_memory(np.asarray(memoryview(full)), np.asarray(memoryview(part)))

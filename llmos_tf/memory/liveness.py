@@ -1,0 +1,226 @@
+"""What is in memory at the fullest moment of a traced program.
+
+The program's ops are gone through in the order in which the executor takes them. An output takes
+memory when its op runs, and gives it back after the last op that uses it. Two take no memory: an
+output that is its input in another shape, and one that TensorFlow writes over an input of the
+same size that nobody else needs. A variable that is assigned while an earlier value of it is still
+to be used has two.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from llmos_tf.memory.program_ops import ProgramOps, Work
+
+# Ops that write their first output over an input of its size, where nobody else needs that one.
+OVERWRITES = frozenset(
+    [
+        "Abs",
+        "Add",
+        "AddN",
+        "AddV2",
+        "BiasAdd",
+        "Cast",
+        "CollectiveReduceV2",
+        "Cos",
+        "Div",
+        "DivNoNan",
+        "Elu",
+        "Erf",
+        "Exp",
+        "Expm1",
+        "Floor",
+        "Inv",
+        "InvGrad",
+        "LeakyRelu",
+        "Log",
+        "Log1p",
+        "LogSoftmax",
+        "Maximum",
+        "Minimum",
+        "Mul",
+        "MulNoNan",
+        "Neg",
+        "Pow",
+        "RealDiv",
+        "Reciprocal",
+        "Relu",
+        "Relu6",
+        "ReluGrad",
+        "Rsqrt",
+        "RsqrtGrad",
+        "Selu",
+        "Sigmoid",
+        "SigmoidGrad",
+        "Sign",
+        "Sin",
+        "Softmax",
+        "Softplus",
+        "Sqrt",
+        "SqrtGrad",
+        "Square",
+        "SquaredDifference",
+        "Sub",
+        "Tanh",
+        "TanhGrad",
+        "Xdivy",
+        "ZerosLike",
+    ]
+)
+_ASSIGNS = "AssignVariableOp"
+_CHANGES = ("AssignAddVariableOp", "AssignSubVariableOp")
+READS = "ReadVariableOp"
+
+
+@dataclass(frozen=True)
+class Moment:
+    """The fullest moment of a program.
+
+    Args:
+        total: bytes that live then, beside the variables and the program's inputs.
+        at: name of the op that is running.
+        held: of each value that is in memory, the bytes.
+        inside: bytes that live inside of the op, such as in the body of a loop.
+        inside_kind: number of an output of that op.
+    """
+
+    total: int
+    at: str
+    held: Mapping[int, int]
+    inside: int
+
+
+def fullest_moment(program: ProgramOps, inputs_count: bool = False) -> Moment:
+    """Finds the moment at which a program holds most.
+
+    Args:
+        program: its ops.
+        inputs_count: whether its inputs are its own to give back; else they are the caller's.
+
+    Returns:
+        The moment.
+
+    Example:
+        >>> fullest_moment(ProgramOps(concrete.graph)).total
+        8388608
+    """
+    return _Run(program, inputs_count).moment
+
+
+class _Run:
+    """Goes through a program. A *block* is a piece of memory; values may share one."""
+
+    def __init__(self, program: ProgramOps, inputs_count: bool):
+        self._sizes = program.sizes
+        order = program.in_order_of_execution()
+        self._uses = Counter(i for work in order for i in work.inputs)
+        self._uses.update(program.outputs)
+        self._block_of: dict[int, int] = {}
+        self._block_sizes: dict[int, int] = {}
+        self._users: Counter[int] = Counter()
+        # The value for which a block was made.
+        self._first_value: dict[int, int] = {}
+        # The block of each variable's value, by the number of its handle.
+        self._stored: dict[int, int] = {}
+        self._variable_sizes = _variable_sizes(program, order)
+        self._live = 0
+        self.moment = Moment(0, "", {}, 0)
+        for i in program.inputs:
+            self._give(i, self._new(i, self._sizes[i] if inputs_count else 0))
+        for work in order:
+            self._run(work)
+
+    def _run(self, work: Work) -> None:
+        if work.kind in (_ASSIGNS, *_CHANGES):
+            self._write(work)
+        elif work.kind == READS:
+            self._give(work.outputs[0], self._stored_block(work.inputs[0]))
+        else:
+            taken: set[int] = set()
+            for place, output in enumerate(work.outputs):
+                self._give(output, self._block_for(work, place, taken))
+        self._look(work)
+        for i in work.inputs:
+            self._leave(self._block_of.get(i))
+        for i in work.outputs:
+            if not self._uses[i]:
+                self._leave(self._block_of[i])
+
+    def _block_for(self, work: Work, place: int, taken: set[int]) -> int:
+        shared = work.shares[place]
+        if shared is not None and work.inputs[shared] in self._block_of:
+            return self._block_of[work.inputs[shared]]
+        output = work.outputs[place]
+        size = self._sizes[output]
+        # Of the two outputs of this op the second is written over the logits.
+        first = 1 if work.kind == "SparseSoftmaxCrossEntropyWithLogits" else 0
+        overwrites = work.kind in OVERWRITES or first
+        if size and overwrites and place == first:
+            for i in work.inputs:
+                block = self._block_of.get(i)
+                fits = block is not None and self._block_sizes[block] == size
+                if fits and block not in taken and self._users[block] == 1:
+                    taken.add(block)
+                    return block
+        return self._new(output, size)
+
+    def _write(self, work: Work) -> None:
+        handle = work.inputs[0]
+        before = self._stored_block(handle)
+        if work.kind == _ASSIGNS:
+            after = self._block_of[work.inputs[1]]
+        elif self._users[before] > 1:
+            # Somebody is still to use the value, so that it is not changed where it lies.
+            after = self._new(work.inputs[1], self._variable_sizes.get(handle, 0))
+        else:
+            return
+        self._users[after] += 1
+        self._stored[handle] = after
+        self._leave(before)
+
+    def _stored_block(self, handle: int) -> int:
+        if handle not in self._stored:
+            # Variables are counted by themselves, as what exists before the program and after it.
+            self._stored[handle] = self._new(-1, 0)
+            self._users[self._stored[handle]] += 1
+        return self._stored[handle]
+
+    def _new(self, value: int, size: int) -> int:
+        block = len(self._users) + 1
+        self._users[block] = 0
+        self._block_sizes[block] = size
+        self._first_value[block] = value
+        self._live += size
+        return block
+
+    def _give(self, value: int, block: int) -> None:
+        self._block_of[value] = block
+        self._users[block] += max(1, self._uses[value])
+
+    def _leave(self, block: int | None) -> None:
+        if block is None:
+            return
+        self._users[block] -= 1
+        if not self._users[block]:
+            self._live -= self._block_sizes[block]
+            self._block_sizes[block] = 0
+
+    def _look(self, work: Work) -> None:
+        inside = 0
+        if work.body is not None:
+            inside = fullest_moment(work.body, inputs_count=work.is_loop).total
+            # What the body returns, and what a loop begins with, is counted here too.
+            inside -= sum(self._sizes[i] for i in work.outputs)
+            inside = max(0, inside)
+        if self._live + inside > self.moment.total:
+            held: Counter[int] = Counter()
+            for block, size in self._block_sizes.items():
+                if size:
+                    held[self._first_value[block]] += size
+            self.moment = Moment(self._live + inside, work.name, held, inside)
+
+
+def _variable_sizes(program: ProgramOps, order: list[Work]) -> dict[int, int]:
+    """Bytes of the variables that are read, by the numbers of their handles."""
+    return {w.inputs[0]: program.sizes[w.outputs[0]] for w in order if w.kind == READS}

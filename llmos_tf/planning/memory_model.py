@@ -1,0 +1,352 @@
+"""What a model and a step of it take on each device, by closed formulas. No TensorFlow.
+
+Weights and optimizer state follow ZeRO (arXiv 1910.02054) to the byte, padding included. Within the
+step the fullest moment is one of three, since between them memory grows or shrinks block by block:
+
+- *turn*: the forward pass is through and the backward pass begins: all that is kept, with logits;
+- *last block*: the logits are gone, and the last block's feed-forward half is differentiated;
+- *end*: all gradients are there, and are laid into buckets for their reduction.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from llmos_tf.config import GPTConfig, MixtralConfig, ModelConfig
+from llmos_tf.mesh import Mesh
+from llmos_tf.planning import activations
+from llmos_tf.planning.activations import WIDE, Tokens
+from llmos_tf.planning.stages import PER_ELEMENT, stages_of_units
+from llmos_tf.planning.weights import FIRST, LAST, Weight, total, weights_of
+from llmos_tf.strategies.schedules import Schedule
+
+KINDS = ("parameters", "gradients", "optimizer", "activations", "communication", "other")
+BUCKET_BYTES = 32 * 2**20
+REMAT = ("none", "block")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A run whose memory is asked for.
+
+    Args:
+        config: of the model.
+        mesh: of devices, which need not exist.
+        global_batch: rows of a step.
+        seq_len: positions of a row.
+        zero_stage: as for `MeshStrategy`.
+        sequence_parallel: as for `MeshStrategy`.
+        context_method: as for `MeshStrategy`.
+        schedule: of the pipeline, or None.
+        optimizer_slots: how many numbers the optimizer keeps for each weight.
+        optimizer_scalars: bytes that it keeps beside them.
+        decays: whether it decays weights before the gradients are there, into copies of them.
+        compute_bytes: size of a number that is computed with, 4 or 2.
+        bucket_bytes: of gradients that are reduced together.
+        remat: "none", or "block" where each block is computed again in the backward pass.
+
+    Raises:
+        ValueError: another `remat`, rows or positions that cannot be dealt to the devices.
+    """
+
+    config: ModelConfig
+    mesh: Mesh
+    global_batch: int
+    seq_len: int
+    zero_stage: int = 0
+    sequence_parallel: bool = False
+    context_method: str = "ring"
+    schedule: Schedule | None = None
+    optimizer_slots: int = 2
+    optimizer_scalars: int = 12
+    decays: bool = False
+    compute_bytes: int = WIDE
+    bucket_bytes: int = BUCKET_BYTES
+    remat: str = "none"
+    weights: list[Weight] = field(init=False, repr=False)
+
+    def __post_init__(self):
+        if self.remat not in REMAT:
+            raise ValueError(f"remat is one of {', '.join(REMAT)}. Received: {self.remat!r}.")
+        object.__setattr__(self, "weights", weights_of(self.config, self.mesh))
+        parts = self.mesh.batch_ways * self.num_microbatches
+        if self.global_batch % parts:
+            raise ValueError(
+                f"The rows of a step are dealt to data x fsdp = {self.mesh.batch_ways} parts of "
+                f"{self.num_microbatches} microbatch(es) each. Received: global_batch="
+                f"{self.global_batch}, which {parts} does not divide."
+            )
+        pieces = self.size("context")
+        if self.seq_len % pieces:
+            raise ValueError(
+                f"A context axis of {pieces} splits positions into equal parts. "
+                f"Received: seq_len={self.seq_len}."
+            )
+
+    def size(self, axis: str) -> int:
+        """Returns the size of a mesh axis.
+
+        Args:
+            axis: its name.
+
+        Returns:
+            The size.
+        """
+        return self.mesh.axis_size(axis)
+
+    @property
+    def num_microbatches(self) -> int:
+        """Microbatches of a step; 1 without a pipeline."""
+        return 1 if self.schedule is None else self.schedule.num_microbatches
+
+    @property
+    def tokens(self) -> Tokens:
+        """The tokens of a device in a microbatch. Ranks of `expert` split rows, or positions."""
+        rows = self.global_batch // self.mesh.batch_ways // self.num_microbatches
+        positions = self.seq_len / self.size("context")
+        experts = self.size("expert") if isinstance(self.config, MixtralConfig) else 1
+        split_rows = rows % experts == 0
+        return Tokens(
+            rows=rows / experts if split_rows else rows,
+            positions=positions if split_rows else positions / experts,
+            tensor=self.size("tensor"),
+            context=self.size("context") if split_rows else self.size("context") * experts,
+            context_method=self.context_method,
+            sequence_parallel=self.sequence_parallel,
+            compute_bytes=self.compute_bytes,
+            in_parts=self.schedule is not None,
+        )
+
+
+def memory_of(plan: Plan) -> list[dict[str, int]]:
+    """Returns what each stage's devices hold at the fullest moment of a step.
+
+    Args:
+        plan: the run.
+
+    Returns:
+        For each stage of the pipeline, or the only one, bytes by kind: `KINDS`.
+    """
+    return [_Stage(plan, units).memory(stage) for stage, units in enumerate(_units_by_stage(plan))]
+
+
+class _Stage:
+    """The devices that hold some units of a model: embeddings, blocks, last norm and logits."""
+
+    def __init__(self, plan: Plan, units: Sequence[str | int]):
+        self._plan, self._units = plan, set(units)
+        self._mesh = plan.mesh
+        self._weights = [w for w in plan.weights if not self._units.isdisjoint(w.units)]
+        self._num_blocks = sum(isinstance(unit, int) for unit in units)
+
+    def memory(self, stage: int) -> dict[str, int]:
+        plan = self._plan
+        within = max(self._moments(stage), key=lambda moment: sum(moment.values()))
+        slots = plan.optimizer_slots * WIDE * self._updated_elements()
+        whole = {
+            "parameters": WIDE * total(self._weights, lambda w: w.part_elements(self._mesh)),
+            "optimizer": slots + plan.optimizer_scalars,
+            "other": self._copies() + within.get("other", 0),
+        }
+        return {kind: round(whole.get(kind, within.get(kind, 0))) for kind in KINDS}
+
+    # --- moments ----------------------------------------------------------------------------------
+
+    def _moments(self, stage: int) -> list[dict[str, float]]:
+        if self._plan.schedule is not None:
+            return self._in_pipeline(stage)
+        if self._plan.remat == "block":
+            return [self._turn(), *self._recomputed(), *self._buckets()]
+        return [self._turn(), self._last_block(), *self._buckets()]
+
+    def _turn(self) -> dict[str, float]:
+        config, tokens = self._plan.config, self._plan.tokens
+        stream = activations.of_stream(config, tokens)
+        kept = self._kept() + activations.of_head(config, tokens)
+        table = 0.0
+        if tokens.tensor == 1 and tokens.compute_bytes == WIDE:
+            # The gradients of the last product: of its input, and of the table.
+            kept += stream
+            if self._mesh.axis_size("fsdp") == 1:
+                table = WIDE * config.vocab_size * config.hidden_size
+        return {"activations": kept, "gradients": table, "communication": self._gathered()}
+
+    def _last_block(self) -> dict[str, float]:
+        config, tokens = self._plan.config, self._plan.tokens
+        hidden = activations.of_hidden(config, tokens)
+        own = [w for w in self._weights if w.units[-1] in (LAST, config.num_layers - 1)]
+        own = [w for w in own if LAST in w.units or w.name in ("down/kernel", "experts/down")]
+        gradients = WIDE * total(own, lambda w: w.slice_elements(self._mesh))
+        kept = self._kept() + activations.of_stream(config, tokens) + hidden
+        return {
+            "activations": kept,
+            "gradients": gradients,
+            "communication": self._gathered(),
+        }
+
+    def _recomputed(self) -> list[dict[str, float]]:
+        """While a block is computed again: the last one, or the first one, after all others."""
+        config, tokens = self._plan.config, self._plan.tokens
+        halves = activations.while_recomputed(config, tokens)
+        others = (self._num_blocks - 1) * activations.of_stream(config, tokens)
+        head = [w for w in self._weights if LAST in w.units]
+        moments = []
+        for bytes_now, kernels in zip(halves, (("down",), ("down", "up", "output/")), strict=True):
+            first = self._made_before_first_block(kernels)
+            last = WIDE * total(head, lambda w: w.slice_elements(self._mesh))
+            moments += [
+                {"activations": bytes_now + others, "gradients": last},
+                {"activations": bytes_now, "gradients": first},
+            ]
+        return moments
+
+    def _buckets(self) -> list[dict[str, float]]:
+        """When a bucket of gradients is full, and they are laid together."""
+        plan, mesh = self._plan, self._mesh
+        if mesh.batch_ways == 1:
+            return [{"gradients": self._gradient_bytes()}]
+        if mesh.axis_size("fsdp") > 1:
+            return []
+        scatters = plan.zero_stage in (1, 2)
+        # All gradients and the bucket, or the bucket, its rows for each rank, and these in a row.
+        moments, blocks = [], self._num_blocks
+        kept = activations.of_block(plan.config, plan.tokens)
+        bucket, unfinished = 0.0, 0
+        order = [LAST, *range(blocks - 1, -1, -1), FIRST]
+        sizes = dict.fromkeys(order, 0.0)
+        for weight in self._weights:
+            sizes[weight.units[0]] += WIDE * weight.slice_elements(mesh)
+        for number, unit in enumerate(order):
+            bucket += sizes[unit]
+            unfinished = max(0, blocks - number)
+            if bucket >= plan.bucket_bytes or unit == FIRST:
+                moments.append(
+                    {
+                        "activations": unfinished * kept,
+                        "gradients": (2 if scatters else 1) * bucket,
+                        "communication": bucket,
+                    }
+                )
+                bucket = 0.0
+        return moments
+
+    def _in_pipeline(self, stage: int) -> list[dict[str, float]]:
+        """While the backward pass of a microbatch holds all that it was given.
+
+        It does until it is through: at the feed-forward half of its first block, and at its end.
+        """
+        plan, config = self._plan, self._plan.config
+        live = plan.schedule.peak_live_activations[stage] / plan.schedule.num_chunks
+        stream = activations.of_stream(config, plan.tokens)
+        kept = self._kept()
+        if LAST in self._units:
+            kept += activations.of_head(config, plan.tokens)
+        # Of messages two wait, and one is in hand; with it two more of its size are computed.
+        kept = live * kept + 5 * stream
+        hidden = (5 if isinstance(config, GPTConfig) else 6) * activations.of_hidden(
+            config, plan.tokens
+        )
+        made = self._made_before_first_block(("down",))
+        sums = self._gradient_bytes()
+        # The sum of what both ends of the model have of a common table.
+        tied = [w for w in self._weights if {FIRST, LAST} <= set(w.units)]
+        common = WIDE * total(tied, lambda w: w.slice_elements(self._mesh))
+        sent = self._gathered() + common
+        moments = [
+            {"activations": kept + hidden, "gradients": sums + made, "communication": sent},
+            {"activations": kept, "gradients": 2 * sums, "communication": sent},
+        ]
+        if LAST in self._units:
+            # The gradient of the logits; of those cut by vocabulary, softmax and labels.
+            logits = activations.of_logits(config, plan.tokens)
+            logits *= 2 if plan.size("tensor") > 1 else 1
+            moments.append({"activations": kept + logits, "gradients": sums})
+        return moments
+
+    # --- parts of them ----------------------------------------------------------------------------
+
+    def _kept(self) -> float:
+        """Activations that the stage's blocks keep, and their input."""
+        config, tokens = self._plan.config, self._plan.tokens
+        narrow = tokens.compute_bytes != WIDE
+        stream = 0 if narrow else activations.of_stream(config, tokens)
+        if self._plan.remat == "block":
+            return (self._num_blocks + 1) * activations.of_stream(config, tokens)
+        # What comes in; what goes out is kept by who gets it.
+        ends = 1 if LAST in self._units else 0
+        return self._num_blocks * activations.of_block(config, tokens) + ends * stream
+
+    def _made_before_first_block(self, kernels: tuple[str, ...]) -> float:
+        """Gradients of all that comes after the stage's first block, and of some of its kernels."""
+        first = min((unit for unit in self._units if isinstance(unit, int)), default=None)
+        done = [
+            w
+            for w in self._weights
+            if w.units[0] not in (FIRST, first)
+            or (w.units[0] == first and any(name in w.name for name in kernels))
+            or (LAST in w.units and LAST in self._units)
+        ]
+        return WIDE * total(done, lambda w: w.slice_elements(self._mesh))
+
+    def _gradient_bytes(self) -> float:
+        return WIDE * total(self._weights, lambda w: w.slice_elements(self._mesh))
+
+    def _gathered(self) -> float:
+        """Weights that fsdp has gathered; those in 16 bits are copies."""
+        if self._mesh.axis_size("fsdp") == 1 or self._plan.compute_bytes != WIDE:
+            return 0
+        return WIDE * self._kernel_elements()
+
+    def _copies(self) -> float:
+        """Weights in 16 bits, of each expert by itself, and those that an optimizer has decayed."""
+        plan, copies = self._plan, 0.0
+        if plan.compute_bytes != WIDE:
+            copies += plan.compute_bytes * self._kernel_elements()
+        experts = [w for w in self._weights if w.name.startswith("experts/")]
+        copies += plan.compute_bytes * total(experts, lambda w: w.slice_elements(self._mesh))
+        cuts = plan.zero_stage in (1, 2) and self._mesh.axis_size("data") > 1
+        # Parts of weights that are stored whole are cut out of them.
+        if cuts or plan.decays:
+            copies += WIDE * self._updated_elements()
+        return copies
+
+    def _kernel_elements(self) -> int:
+        used = [w for w in self._weights if w.is_kernel and w.units != (FIRST,)]
+        return total(used, lambda w: w.slice_elements(self._mesh))
+
+    def _updated_elements(self) -> int:
+        """Elements of which this rank keeps the optimizer's state."""
+        axes = ("fsdp", "data") if self._plan.zero_stage in (1, 2) else ("fsdp",)
+        return total(self._weights, lambda w: w.part_elements(self._mesh, axes))
+
+
+def _units_by_stage(plan: Plan) -> list[list[str | int]]:
+    units = [FIRST, *range(plan.config.num_layers), LAST]
+    if plan.schedule is None:
+        return [units]
+    return stages_of_units(units, [_work(plan, unit) for unit in units], plan.schedule)
+
+
+def _work(plan: Plan, unit: str | int) -> float:
+    """Operations of a unit for one row, as the pipeline counts them to cut a model."""
+    config, row = plan.config, replace(plan.tokens, rows=1)
+    positions, width = row.positions, config.hidden_size
+    kernels = total(
+        [w for w in plan.weights if w.is_kernel and w.units[-1] == unit],
+        lambda w: w.slice_elements(plan.mesh),
+    )
+    if unit == FIRST:
+        return PER_ELEMENT * 3 * positions * width
+    if unit == LAST:
+        elements = 2 * positions * config.vocab_size / row.tensor + 6 * positions * width
+        if row.tensor > 1:
+            # The model by itself gathers its logits: laid in order, gathered, laid back and cut.
+            elements += 4 * positions * config.vocab_size
+        return 2 * positions * kernels + PER_ELEMENT * elements
+    scores = positions**2 * config.num_heads / row.tensor
+    hidden = activations.of_hidden(config, row) / row.compute_bytes
+    # Of tensors as wide as the stream, as the hidden layer and as the scores, so many are made.
+    elements = 41 * positions * width + 13 * hidden + 3 * scores + kernels
+    if isinstance(config, MixtralConfig):
+        kernels *= config.num_experts_per_token / config.num_experts
+    products = 2 * positions * kernels + 4 * scores * config.head_dim
+    return products + PER_ELEMENT * elements

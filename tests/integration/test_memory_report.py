@@ -1,0 +1,162 @@
+"""What memory a step takes: counted in its program, by formula, and as the process has it.
+
+Run as a program, this file is the process whose memory is measured.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from llmos_tf import Mesh, devices, memory
+from llmos_tf.layers import TokenCrossEntropy
+from llmos_tf.models import (
+    GPT,
+    GPTConfig,
+    Llama,
+    LlamaConfig,
+    Mixtral,
+    MixtralConfig,
+)
+from llmos_tf.planning.memory_model import KINDS
+from llmos_tf.strategies import MeshStrategy
+from llmos_tf.training import make_train_step
+
+SIZES = {"vocab_size": 2048, "max_positions": 128, "hidden_size": 128, "num_heads": 4}
+GPT_SIZES = GPTConfig(**SIZES, num_layers=3)
+GPT_DROPOUT = GPTConfig(**SIZES, num_layers=2, dropout=0.1)
+LLAMA = LlamaConfig(**SIZES, num_layers=3, num_kv_heads=2, feed_forward_size=384)
+LLAMA_4 = LlamaConfig(**SIZES, num_layers=4, num_kv_heads=2, feed_forward_size=384)
+MIXTRAL = MixtralConfig(
+    **SIZES, num_layers=2, feed_forward_size=256, num_experts=4, num_experts_per_token=2
+)
+MODELS = {GPTConfig: GPT, LlamaConfig: Llama, MixtralConfig: Mixtral}
+
+# Name: configuration, mesh, options of the strategy, and what else is not as usual.
+CASES = {
+    "gpt": (GPT_SIZES, {}, {}, {}),
+    "gpt-dropout-adamw": (GPT_DROPOUT, {"data": 2}, {}, {"optimizer": "adamw"}),
+    "gpt-zero1": (GPT_SIZES, {"data": 4}, {"zero_stage": 1}, {}),
+    "gpt-zero2-few-tokens": (
+        GPT_SIZES,
+        {"data": 2},
+        {"zero_stage": 2},
+        {"optimizer": "adamw", "global_batch": 2, "seq_len": 8},
+    ),
+    "llama-zero3": (LLAMA, {"fsdp": 4}, {"zero_stage": 3}, {}),
+    "gpt-data-fsdp": (GPT_SIZES, {"data": 2, "fsdp": 2}, {}, {"optimizer": "sgd"}),
+    "llama-tensor": (LLAMA, {"data": 2, "tensor": 2}, {}, {}),
+    "gpt-sequence-bfloat16": (
+        GPT_SIZES,
+        {"tensor": 2},
+        {"sequence_parallel": True},
+        {"dtype_policy": "mixed_bfloat16"},
+    ),
+    "gpt-ring": (GPT_SIZES, {"context": 2}, {}, {}),
+    "llama-ulysses": (LLAMA, {"data": 2, "context": 2}, {"context_method": "ulysses"}, {}),
+    "mixtral-experts": (MIXTRAL, {"data": 2, "expert": 2}, {}, {}),
+    "gpt-pipe": (GPT_SIZES, {"pipe": 2}, {"num_microbatches": 4}, {}),
+    "llama-pipe-tensor": (
+        LLAMA_4,
+        {"pipe": 2, "tensor": 2},
+        {"num_microbatches": 4},
+        {},
+    ),
+    "gpt-remat": (GPT_SIZES, {"data": 2}, {}, {"remat": "block"}),
+}
+
+
+def make(config, mesh, options, optimizer="adam", dtype_policy="float32", remat="none"):
+    """Returns a model, its optimizer and its step."""
+    strategy = MeshStrategy(Mesh(**mesh), **options) if mesh else tf.distribute.get_strategy()
+    names = [f"block_{i}" for i in range(config.num_layers)] if remat == "block" else []
+    before = keras.mixed_precision.dtype_policy()
+    keras.mixed_precision.set_dtype_policy(dtype_policy)
+    try:
+        with strategy.scope(), keras.RematScope("list_of_layers", layer_names=names):
+            model = MODELS[type(config)](config)
+            optimizer = keras.optimizers.get(optimizer)
+            optimizer.build(model.trainable_variables)
+        return model, optimizer, make_train_step(model, optimizer, TokenCrossEntropy())
+    finally:
+        keras.mixed_precision.set_dtype_policy(before)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_estimate_is_what_is_counted(case):
+    """Fails if a formula lacks a term of what layers keep, counts one for all ranks that is cut, or
+    a program keeps more than it needs; weights and optimizer state to the byte."""
+    config, mesh, options, changed = CASES[case]
+    run = {"global_batch": 16, "seq_len": 128, **changed}
+    batch, length = run.pop("global_batch"), run.pop("seq_len")
+    model, optimizer, step = make(config, mesh, options, **run)
+    tokens = tf.TensorSpec([batch, length], tf.int32)
+    counted = memory.report(model, optimizer, step=step, batch=(tokens, tokens))
+    run.setdefault("optimizer", "adam")
+    estimated = memory.estimate(
+        config, Mesh(**mesh), global_batch=batch, seq_len=length, **run, **options
+    )
+    assert len(counted) == len(estimated) == Mesh(**mesh).size
+    for seen, formula in zip(counted, estimated, strict=True):
+        assert seen["parameters"] == formula["parameters"]
+        assert seen["optimizer"] == formula["optimizer"]
+        total = sum(seen[kind] for kind in KINDS)
+        assert sum(formula[kind] for kind in KINDS) == pytest.approx(total, rel=0.03)
+        # Of the total: where they are a small part of it, they are allowed that.
+        for kind in ("activations", "gradients", "communication", "other"):
+            assert formula[kind] == pytest.approx(seen[kind], rel=0.03, abs=0.01 * total), kind
+
+
+# Of the process: configuration of at least 500 MB of state, mesh, options.
+WIDE = {"vocab_size": 8192, "max_positions": 128, "hidden_size": 768, "num_heads": 12}
+MEASURED = {
+    "one": ({"num_layers": 6}, {}, {}),
+    "zero3": ({"num_layers": 6}, {"fsdp": 2}, {"zero_stage": 3}),
+    "tensor": ({"num_layers": 6}, {"tensor": 2}, {}),
+    "zero1": ({"num_layers": 4}, {"data": 2}, {"zero_stage": 1}),
+    "pipe": ({"num_layers": 6}, {"pipe": 2}, {"num_microbatches": 2}),
+}
+
+
+def measure(case):
+    """Prints what a process had in its first steps, beyond what TensorFlow has for itself."""
+    layers, mesh, options = MEASURED[case]
+    devices.configure_virtual_cpus(Mesh(**mesh).size)
+    tokens = np.zeros([8, WIDE["max_positions"]], "int32")
+    # TensorFlow's own: its code, its threads, and the tracing of a program as large as this one.
+    small = GPTConfig(**{**WIDE, "vocab_size": 16, "hidden_size": 24}, **layers)
+    make(small, mesh, options)[2](tokens, tokens)
+    status = Path("/proc/self/statm").read_text(encoding="ascii")
+    before = int(status.split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    model, optimizer, step = make(GPTConfig(**WIDE, **layers), mesh, options)
+    rows = memory.report(model, optimizer, step=step, batch=(tokens, tokens))
+    for _ in range(2):
+        step(tokens, tokens)
+    print(json.dumps({"rows": rows, "grown": memory.peak_resident_bytes() - before}))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case",
+    [name if name == "one" else pytest.param(name, marks=pytest.mark.nightly) for name in MEASURED],
+)
+def test_report_is_what_the_process_has(case):
+    """Fails if a kind of memory is left out, counted twice, or not counted while it is there."""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, __file__, case]
+    result = json.loads(subprocess.check_output(command, env=environment, text=True))
+    rows = result["rows"]
+    state = sum(row["parameters"] + row["optimizer"] for row in rows)
+    assert state >= 500e6
+    reported = sum(row[kind] for row in rows for kind in KINDS)
+    assert reported == pytest.approx(result["grown"], rel=0.15), rows
+
+
+if __name__ == "__main__":
+    measure(sys.argv[1])

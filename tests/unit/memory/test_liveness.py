@@ -1,0 +1,150 @@
+"""The fullest moment of small programs, whose answer is known."""
+
+import tensorflow as tf
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmos_tf.memory.kinds import kinds_of_values
+from llmos_tf.memory.liveness import fullest_moment
+from llmos_tf.memory.program_ops import ProgramOps
+
+N = 1000
+FLOATS = 4 * N
+# Scalars and shapes, a few of them.
+SMALL = 100
+
+
+def ops_of(function, *shapes):
+    specs = [tf.TensorSpec(shape) for shape in shapes]
+    return ProgramOps(tf.function(function, autograph=False).get_concrete_function(*specs).graph)
+
+
+def peak(function, *shapes):
+    return fullest_moment(ops_of(function, *shapes)).total
+
+
+def near(size):
+    return lambda seen: size <= seen <= size + SMALL
+
+
+def test_what_is_used_later_is_kept():
+    """Fails if an output is freed before its last use, or lives on after it."""
+
+    def chain(x):
+        kept = [tf.cumsum(x)]
+        for _ in range(4):
+            kept.append(tf.cumsum(kept[-1]))
+        return tf.reduce_sum(kept[0]) + tf.reduce_sum(kept[-1])
+
+    def backward(x):
+        kept = [tf.cumsum(x)]
+        for _ in range(4):
+            kept.append(tf.cumsum(kept[-1]))
+        y = tf.cumsum(kept[-1])
+        for z in reversed(kept):
+            y = tf.cumsum(y + z)
+        return tf.reduce_sum(y)
+
+    # The one before and the one that is made of it; the first is summed at once.
+    assert near(2 * FLOATS)(peak(chain, [N]))
+    # Five that are kept, and one that the backward pass begins with.
+    assert near(6 * FLOATS)(peak(backward, [N]))
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(1, 6))
+def test_elementwise_ops_write_over_their_input(count):
+    """Fails if an op takes new memory where TensorFlow writes over an input that nobody needs."""
+
+    def function(x):
+        y = tf.cumsum(x)
+        for _ in range(count):
+            y = tf.reshape(tf.tanh(y * 2.0), [-1])
+        return y
+
+    assert near(FLOATS)(peak(function, [N]))
+    # The input is the caller's.
+    assert near(FLOATS)(peak(lambda x: tf.tanh(x), [N]))
+
+
+def test_calls_stand_in_the_program():
+    """Fails if what a called function makes within it, or what its caller holds, is not seen."""
+    inner = tf.function(
+        lambda x: tf.cumsum(tf.cumsum(tf.cumsum(x))),
+        autograph=False,
+        experimental_attributes={"_noinline": True},
+    )
+    assert near(2 * FLOATS)(peak(lambda x: inner(x), [N]))
+    # A function that is not inlined has its argument until it is through.
+    assert near(3 * FLOATS)(peak(lambda x: inner(tf.cumsum(x)), [N]))
+
+
+def test_a_loop_holds_what_it_carries_and_its_body():
+    """Fails if a loop counts as its result alone."""
+
+    def function(x):
+        def body(i, y):
+            return i + 1, tf.cumsum(tf.cumsum(tf.cumsum(y)))
+
+        return tf.while_loop(lambda i, y: i < 5, body, (0, tf.cumsum(x)))[1]
+
+    # Of a turn: what it was given, and two of the three in a row.
+    assert 3 * FLOATS <= peak(function, [N]) <= 4 * FLOATS + SMALL
+
+
+def test_a_variable_that_is_assigned_while_it_is_used_is_there_twice():
+    """Fails if the old value is taken to be gone when the new one is stored, or never goes."""
+    variable = tf.Variable(tf.zeros([N]))
+
+    def late_use(x):
+        before = variable.read_value()
+        variable.assign(tf.cumsum(x))
+        return tf.reduce_sum(tf.math.cumprod(before))
+
+    def no_use(x):
+        variable.assign_add(x)
+        return x
+
+    def change_while_used(x):
+        before = variable.read_value()
+        variable.assign_add(x)
+        return tf.reduce_sum(tf.math.cumprod(before))
+
+    def again_and_again(x):
+        for _ in range(5):
+            variable.assign(tf.cumsum(variable.read_value()))
+        return x
+
+    assert near(2 * FLOATS)(peak(late_use, [N]))
+    assert peak(no_use, [N]) <= SMALL
+    assert near(2 * FLOATS)(peak(change_while_used, [N]))
+    # The value before and the next one, and not all that there were.
+    assert near(2 * FLOATS)(peak(again_and_again, [N]))
+
+
+def test_kinds_follow_from_what_is_done_with_values():
+    """Fails if a gradient counts as an activation, or a weight's copy as either."""
+    weight = tf.Variable(tf.zeros([N, N]))
+
+    def step(x):
+        with tf.GradientTape() as tape:
+            half = tf.cast(weight, tf.float16)
+            y = tf.matmul(tf.cast(x, tf.float16), half)
+            loss = tf.reduce_sum(tf.square(y))
+        gradient = tape.gradient(loss, weight)
+        weight.assign_sub(0.5 * gradient)
+        return loss
+
+    graph = tf.function(step, autograph=False).get_concrete_function(tf.TensorSpec([8, N])).graph
+    ops = ProgramOps(graph)
+    handle = ops.inputs[[x.dtype for x in graph.inputs].index(tf.resource)]
+    kinds = kinds_of_values(ops, [ops.inputs[0]], {handle})
+    found = {
+        (work.kind, kinds[work.outputs[0]])
+        for work in ops.works
+        if work.outputs and ops.sizes[work.outputs[0]] >= 2 * N * N
+    }
+    assert ("Cast", "other") in found
+    assert ("MatMul", "gradients") in found
+    assert ("Cast", "gradients") in found
+    assert "activations" not in {kind for _, kind in found}
