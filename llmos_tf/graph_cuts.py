@@ -73,18 +73,25 @@ class GraphCuts:
         }
         return list(used.values())
 
-    def cut(self, names: Ops, fetches: Sequence[tf.Tensor]) -> "Cut":
+    def cut(
+        self, names: Ops, fetches: Sequence[tf.Tensor], outside: Mapping | None = None
+    ) -> "Cut":
         """Cuts out some ops as a function.
 
         Args:
             names: of the ops, as of `ancestors`.
             fetches: what the function returns: outputs of the ops, or anything else of the graph,
                 which it then takes.
+            outside: tensors from outside of the graph that it captures instead of taking them, by
+                the `ref()` of what stands for them in it.
 
         Returns:
             The function.
         """
-        feeds = {x.ref(): x for x in self.inputs_of(names)}
+        outside = outside or {}
+        needed = self.inputs_of(names)
+        feeds = {x.ref(): x for x in needed if x.ref() not in outside}
+        captured = {x.name: outside[x.ref()] for x in needed if x.ref() in outside}
         made = [x for x in fetches if x.op.name in names]
         definition = tf.compat.v1.GraphDef()
         definition.versions.CopyFrom(self._definition.versions)
@@ -104,6 +111,8 @@ class GraphCuts:
 
         def body(*values):
             given = {x.name: value for x, value in zip(taken, values, strict=True)}
+            capture = tf.compat.v1.get_default_graph().capture
+            given |= {name: capture(tensor) for name, tensor in captured.items()}
             return tf.compat.v1.import_graph_def(
                 definition, input_map=given, return_elements=[x.name for x in made], name=""
             )
@@ -131,7 +140,7 @@ class Cut:
         made: Sequence[tf.Tensor],
         fetches: Sequence[tf.Tensor],
     ):
-        self._concrete = concrete
+        self.concrete = concrete
         self.feeds = list(feeds)
         self._made = list(made)
         self.fetches = list(fetches)
@@ -148,6 +157,22 @@ class Cut:
         known = dict(values)
         if self._made:
             inputs = [known[x.ref()] for x in self.feeds]
-            outputs = _internal.call_with_captures(self._concrete, inputs, [])
+            outputs = _internal.call_with_captures(self.concrete, inputs, [])
             known.update({x.ref(): y for x, y in zip(self._made, outputs, strict=True)})
         return [known[x.ref()] for x in self.fetches]
+
+    def call(self, values: Mapping, captures: list[tf.Tensor]) -> dict:
+        """Calls the function for what it does and makes, with other captures than its own.
+
+        Args:
+            values: of tensors of the graph, by their `ref()`; at least of `feeds`.
+            captures: in the order of those of `concrete`.
+
+        Returns:
+            The values of what it makes, by `ref()`.
+        """
+        inputs = [values[x.ref()] for x in self.feeds]
+        outputs = _internal.call_with_captures(self.concrete, inputs, captures)
+        if not self._made:
+            return {}
+        return {x.ref(): y for x, y in zip(self._made, outputs, strict=True)}

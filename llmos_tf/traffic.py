@@ -11,6 +11,7 @@ import tensorflow as tf
 
 from llmos_tf import _internal
 from llmos_tf.function_calls import Tally, TracedFunctions
+from llmos_tf.wire import sending
 
 # On a model: a `_Noted`.
 _ATTRIBUTE = "_llmos_fitted_batch"
@@ -183,13 +184,18 @@ def _unsized(tallies: Mapping[int, Tally]) -> Any:
 
 def _traced(strategy: Any, step: Any, batch: Any, evaluate: bool) -> Any:
     """The concrete function of a step."""
+    with sending(strategy) as left_out:
+        return _with_ops(strategy, step, batch, evaluate, left_out)
+
+
+def _with_ops(strategy: Any, step: Any, batch: Any, evaluate: bool, left_out: bool) -> Any:
     if isinstance(step, keras.Model):
         if step.distribute_strategy is not strategy:
             raise ValueError(
                 f"The model {step.name!r} was made under the scope of another strategy than the "
                 f"one that was given, {strategy!r}. Give its own, model.distribute_strategy."
             )
-        return _traced_model(strategy, step, batch, evaluate)
+        return _traced_model(strategy, step, batch, evaluate, left_out)
     if not isinstance(step, tf.types.experimental.PolymorphicFunction):
         raise ValueError(
             "traffic looks at a tf.function that calls strategy.run, or at a keras.Model. "
@@ -199,10 +205,12 @@ def _traced(strategy: Any, step: Any, batch: Any, evaluate: bool) -> Any:
         arguments = batch if isinstance(batch, tuple | list) else (batch,)
         specs = tf.nest.map_structure(_spec, list(arguments))
         return _internal.untraced(step).get_concrete_function(*specs)
-    return _first_trace(step, "Call it once")
+    return _first_trace(step, "Call it once", left_out)
 
 
-def _traced_model(strategy: Any, model: keras.Model, batch: Any, evaluate: bool) -> Any:
+def _traced_model(
+    strategy: Any, model: keras.Model, batch: Any, evaluate: bool, left_out: bool
+) -> Any:
     name, method = ("test", "evaluate") if evaluate else ("train", "fit")
     if batch is not None:
         run = tf.function(
@@ -212,17 +220,20 @@ def _traced_model(strategy: Any, model: keras.Model, batch: Any, evaluate: bool)
         return run.get_concrete_function(tf.nest.map_structure(_spec, batch))
     steps = getattr(model, f"{name}_function")
     function = None if steps is None else _internal.function_of_keras_step(steps)
-    return _first_trace(function, f"Call {method} of the model {model.name!r}")
+    return _first_trace(function, f"Call {method} of the model {model.name!r}", left_out)
 
 
-def _first_trace(function: Any, what: str) -> Any:
+def _first_trace(function: Any, what: str, left_out: bool) -> Any:
     traces = [] if function is None else _internal.traced_functions(function)
     if not traces:
         raise ValueError(
             f"The step was not traced yet, so there is nothing to count. {what} first, or give a "
             "batch=(x, y) for whose shapes it is to be traced."
         )
-    return traces[0]
+    if not left_out:
+        return traces[0]
+    args, kwargs = traces[0].structured_input_signature
+    return _internal.untraced(function).get_concrete_function(*args, **kwargs)
 
 
 def _spec(x: Any) -> Any:

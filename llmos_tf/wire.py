@@ -8,8 +8,8 @@ reads the notes of the functions that are really called.
 
 import json
 import math
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -104,6 +104,29 @@ class Sent(NamedTuple):
     def noted(self) -> AbstractContextManager:
         """Returns the context in which the op is made."""
         return _noting({"sent": self})
+
+
+@contextmanager
+def sending(strategy: tf.distribute.Strategy) -> Iterator[bool]:
+    """Has programs communicate by ops also where devices of one process need none.
+
+    What is counted is what a step sends between devices that share no memory.
+
+    Args:
+        strategy: any strategy.
+
+    Yields:
+        Whether programs that were traced before may have left such ops out.
+    """
+    extended = strategy.extended
+    before = getattr(extended, "shares_memory", False)
+    if before:
+        extended.shares_memory = False
+    try:
+        yield before
+    finally:
+        if before:
+            extended.shares_memory = True
 
 
 def noted_turns(count: int) -> AbstractContextManager:

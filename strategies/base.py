@@ -72,6 +72,8 @@ class MeshExtended(_internal.MirroredExtended):
         hook_steps()
         hook_fit()
         self.communication = _communication(local)
+        # Whether collectives may be edges of the graph; see `strategies.phases`.
+        self.shares_memory = _shares_memory(mesh, local)
         self.collective_keys = CollectiveKeys(mesh)
         self.engine = Engine(self)
         # Whether other processes hold some of the ranks.
@@ -305,6 +307,15 @@ class MeshExtended(_internal.MirroredExtended):
 
 def _is_number(dtype: tf.DType) -> bool:
     return dtype.is_floating or dtype.is_integer or dtype.is_complex
+
+
+def _shares_memory(mesh: Mesh, local: list[str]) -> bool:
+    """Whether all devices are CPU devices of this process, and all communicate along `data`."""
+    kinds = {tf.DeviceSpec.from_string(device).device_type for device in local}
+    is_alone = len(local) == mesh.size == mesh.axis_size("data") > 1
+    # A program that knows the order in which the op has its members lays tensors in that order.
+    indices = [tf.DeviceSpec.from_string(device).device_index for device in local]
+    return kinds == {"CPU"} and is_alone and indices == sorted(indices)
 
 
 def _communication(local: list[str]) -> str:

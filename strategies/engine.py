@@ -13,6 +13,7 @@ import tensorflow as tf
 from llmos_tf import _internal, batch
 from llmos_tf.program import ReplicaProgram
 from llmos_tf.sharding.writing import average_statistics, check_owner
+from llmos_tf.strategies.phases import Phases
 
 # Functions that were called eagerly, for each strategy. A function that is made anew for each call,
 # as `strategy.reduce(..., axis=0)` does, must not be kept, with all that it refers to, for ever.
@@ -78,6 +79,10 @@ class Engine:
         shared: list[Any] = []
         for positions in extended.collective_keys.each_stage(extended.positions_by_stage):
             traced = self._trace(fn, positions[0], per_rank[0], is_tensor, lends, specs, shared)
+            phases = Phases.of(traced) if extended.shares_memory else None
+            if phases is not None:
+                results.update(enumerate(self._call_phases(phases, values)))
+                continue
             for position in positions:
                 results[position] = self._call(traced, position, values[position])
         return _internal.regroup(tuple(results[i] for i in extended.batch_representatives))
@@ -203,6 +208,17 @@ class Engine:
         with tf.device(extended.worker_devices[position]):
             coordinate = tf.constant(extended.mesh.coordinates()[rank])
             return _internal.call_with_captures(concrete, [coordinate, *inputs], captures)
+
+    def _call_phases(self, phases: Phases, inputs: list[list[tf.Tensor]]) -> list[Any]:
+        """Places the calls of a program in phases on the devices of all ranks."""
+        extended = self._extended
+        coordinates = map(tf.constant, extended.mesh.coordinates())
+        arguments = [[where, *mine] for where, mine in zip(coordinates, inputs, strict=True)]
+
+        def captures_of(concrete, position):
+            return [self._capture_of(tensor, position) for tensor in concrete.captured_inputs]
+
+        return phases.call(arguments, captures_of, extended.worker_devices)
 
     def _capture_of(self, tensor: tf.Tensor, index: int) -> tf.Tensor:
         """What the rank at `index` passes where rank 0's program captured `tensor`."""

@@ -8,7 +8,7 @@ that work element by element:
 - everything else is laid end to end in groups of up to `GROUP_BYTES`, and Keras's own `update_step`
   runs once for a group: the same formulas, on longer vectors.
 
-What was measured and decided: docs/adr/0008.
+What was measured and decided: docs/adr/0011.
 """
 
 from collections.abc import Callable, Sequence

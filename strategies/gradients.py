@@ -56,7 +56,7 @@ def sync_gradients(
             dense[i] = tf.ensure_shape(gradient, variable.component.shape)
         else:
             results[i] = _gather_rows(program, rows, variable)
-    for reduction, members in _buckets({i: plans[i] for i in dense}, dense):
+    for reduction, members in _buckets(program, {i: plans[i] for i in dense}, dense):
         reduce = _scatter_bucket if reduction.scatter_axes else _sum_bucket
         with program.having(reduces_gradients=True):
             reduced = reduce(program, reduction, [dense[i] for i in members])
@@ -128,7 +128,7 @@ def gather_updated_parts(program: ReplicaProgram) -> None:
         axes = variable.update_layout.flat[len(variable.layout.flat) :]
         plans.append(Reduction(part.dtype, (), axes))
     parts = [part for _, part in pending]
-    for reduction, members in _buckets(dict(enumerate(plans)), dict(enumerate(parts))):
+    for reduction, members in _buckets(program, dict(enumerate(plans)), dict(enumerate(parts))):
         (axis,) = reduction.scatter_axes
         flat = tf.concat([parts[i] for i in members], 0)
         rows = tf.reshape(collectives.all_gather(flat, axis), [program.mesh.axis_size(axis), -1])
@@ -246,18 +246,20 @@ def _cut_axes(layout: Layout) -> tuple[str, ...]:
 
 
 def _buckets(
-    plans: Mapping[int, Reduction], tensors: Mapping[int, tf.Tensor]
+    program: ReplicaProgram, plans: Mapping[int, Reduction], tensors: Mapping[int, tf.Tensor]
 ) -> list[tuple[Reduction, list[int]]]:
     """Groups tensors that are reduced alike, up to `BUCKET_BYTES`, later variables first.
 
     Backward makes the gradients of the last layers first, so their bucket can leave first.
     """
+    # Packing is a copy, which edges of the graph are not.
+    limit = 0 if program.strategy.extended.shares_memory else BUCKET_BYTES
     open_buckets: dict[Reduction, tuple[list[int], int]] = {}
     closed = []
     for i in reversed(plans):
         size = tensors[i].shape.num_elements() * tensors[i].dtype.size
         members, total = open_buckets.get(plans[i], ([], 0))
-        if members and total + size > BUCKET_BYTES:
+        if members and total + size > limit:
             closed.append((plans[i], members))
             members, total = [], 0
         open_buckets[plans[i]] = ([*members, i], total + size)

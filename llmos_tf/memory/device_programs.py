@@ -9,6 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from llmos_tf import _internal
+from llmos_tf.wire import sending
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,9 +48,16 @@ def trace_step(model: keras.Model, step: Any, batch: Any) -> Any:
     known = [spec for spec in tf.nest.flatten(specs) if spec is not None]
     if not known or not all(spec.shape.is_fully_defined() for spec in known):
         return None
-    if step is not None:
-        arguments = specs if isinstance(specs, tuple | list) else (specs,)
-        return step.get_concrete_function(*arguments)
+    strategy = model.distribute_strategy
+    with sending(strategy) as left_out:
+        if step is not None:
+            arguments = specs if isinstance(specs, tuple | list) else (specs,)
+            step = _internal.untraced(step) if left_out else step
+            return step.get_concrete_function(*arguments)
+        return _step_of_fit(model).get_concrete_function(specs)
+
+
+def _step_of_fit(model: keras.Model) -> tf.types.experimental.PolymorphicFunction:
     strategy = model.distribute_strategy
     if not model.optimizer.built:
         with strategy.scope():
@@ -59,7 +67,7 @@ def trace_step(model: keras.Model, step: Any, batch: Any) -> Any:
     def step_of_fit(data):
         return strategy.run(model.train_step, args=(data,))
 
-    return step_of_fit.get_concrete_function(specs)
+    return step_of_fit
 
 
 def device_programs(concrete: Any, trained: Iterable[tf.Variable]) -> list[DeviceProgram]:
