@@ -79,6 +79,9 @@ from tensorflow.python.framework.auto_control_deps_utils import (
 # `tf.type_spec_from_value` is public; the base class of a user-defined CompositeTensor is not.
 from tensorflow.python.framework.composite_tensor import CompositeTensor
 
+# Functions of a graph that was imported are definitions alone; see `graph_of_function`.
+from tensorflow.python.framework.function_def_to_graph import function_def_to_graph
+
 # `tf.Variable` goes through the creators of the scope that is entered, and makes a variable of the
 # mesh there; an exported model has plain ones.
 from tensorflow.python.ops.resource_variable_ops import ResourceVariable
@@ -280,8 +283,19 @@ def written_captures(concrete: Any) -> list[Any]:
 
 
 def graph_of_function(graph: Any, name: str) -> Any:
-    """Returns the graph of a function that ops of `graph` call, which is not public."""
-    return graph._get_function(name).graph
+    """Returns the graph of a function that ops of `graph` call, which is not public.
+
+    A graph that was imported has its functions as definitions, of which graphs are made here, once.
+    """
+    function = graph._get_function(name)
+    known = getattr(function, "graph", None)
+    if known is None:
+        with graph.as_default():
+            known = function_def_to_graph(
+                function.cached_definition, include_library_functions=True
+            )
+        function.graph = known
+    return known
 
 
 def attributes_of_function(graph: Any, name: str) -> Any:

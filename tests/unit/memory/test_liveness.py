@@ -79,6 +79,26 @@ def test_calls_stand_in_the_program():
     assert near(3 * FLOATS)(peak(lambda x: inner(tf.cumsum(x)), [N]))
 
 
+def test_calls_in_an_imported_graph_are_looked_into():
+    """Fails if what functions call is not found in a graph that was made of a definition, as the
+    parts of a pipeline are."""
+    inner = tf.function(lambda x: tf.cumsum(tf.cumsum(tf.cumsum(x))), autograph=False)
+    outer = tf.function(lambda x: tf.cumsum(inner(x)), autograph=False)
+    concrete = tf.function(lambda x: outer(x), autograph=False).get_concrete_function(
+        tf.TensorSpec([N])
+    )
+    definition, result = concrete.graph.as_graph_def(), concrete.graph.outputs[0].name
+
+    def imported(x):
+        given = {concrete.graph.inputs[0].name: x}
+        (y,) = tf.graph_util.import_graph_def(definition, given, [result], name="")
+        return y
+
+    ops = ops_of(imported, [N])
+    assert [work.kind for work in ops.works].count("Cumsum") == 4
+    assert near(2 * FLOATS)(fullest_moment(ops).total)
+
+
 def test_a_loop_holds_what_it_carries_and_its_body():
     """Fails if a loop counts as its result alone."""
 
