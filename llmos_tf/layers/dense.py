@@ -6,6 +6,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from llmos_tf.layers.matrix_products import product
 from llmos_tf.sharding import local_slice
 
 
@@ -73,7 +74,7 @@ class Dense(keras.layers.Layer):
         in_size = math.prod(kernel.shape[:num_in])
         produced = kernel.shape[num_in:]
         # One product of two matrices: with more dimensions TensorFlow would broadcast the kernel.
-        y = _product(
+        y = product(
             tf.reshape(x, [-1, in_size]), tf.reshape(kernel, [in_size, math.prod(produced)])
         )
         leading = x.shape[: x.shape.rank - num_in]
@@ -109,24 +110,6 @@ class Dense(keras.layers.Layer):
             The leading dimensions and `output_shape`.
         """
         return (*input_shape[: len(input_shape) - len(self.contracted)], *self.produced)
-
-
-@tf.custom_gradient
-def _product(x: tf.Tensor, kernel: tf.Tensor) -> tuple[tf.Tensor, Any]:
-    """X A of matrices. Backward is what TensorFlow's is, but faster.
-
-    oneDNN takes half as long again for a product with a transposed right side. `tf.einsum`
-    transposes the kernel first, for which some half precisions have no op.
-    """
-
-    def gradient(upstream):
-        if x.dtype in (tf.float32, tf.float64):
-            dx = tf.einsum("mk,nk->mn", upstream, kernel)
-        else:
-            dx = tf.matmul(upstream, kernel, transpose_b=True)
-        return dx, tf.matmul(x, upstream, transpose_a=True)
-
-    return tf.matmul(x, kernel), gradient
 
 
 class _MatrixInitializer(keras.initializers.Initializer):

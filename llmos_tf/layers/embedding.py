@@ -6,6 +6,7 @@ import keras
 import tensorflow as tf
 
 from llmos_tf import collectives
+from llmos_tf.layers.matrix_products import product_by_rows
 from llmos_tf.layers.regions import AXIS, TensorRegion, in_stream, stream_positions
 from llmos_tf.program import current_program
 from llmos_tf.sharding import layout_of, local_slice
@@ -80,7 +81,7 @@ class TokenEmbedding(keras.layers.Layer):
         x_BTD = region.enter(x_BTD)
         table_VD = local_slice(self.table)
         shape = tf.shape(x_BTD)
-        flat = tf.matmul(tf.reshape(x_BTD, [-1, self.hidden_size]), table_VD, transpose_b=True)
+        flat = product_by_rows(tf.reshape(x_BTD, [-1, self.hidden_size]), table_VD)
         logits_BTV = tf.reshape(flat, [shape[0], shape[1], table_VD.shape[0]])
         logits_BTV.set_shape([x_BTD.shape[0], x_BTD.shape[1], None])
         if not _is_cut_by_rows(self.table):
