@@ -25,8 +25,8 @@ def report(
 
     Returns:
         A dict for each device, in rank order: `device`, and the bytes of `parameters` (trainable
-        weights), `optimizer` (its state, its copies of weights and accumulated gradients) and
-        `other` (statistics of layers, states of random generators, metrics).
+        weights), `optimizer` (its state, its copies of weights, accumulated gradients, and what
+        compressed gradients leave for the next step) and `other` (statistics of layers, states of random generators, metrics).
 
     Raises:
         ValueError: the model has no weights yet, or is to be a pipeline and its inputs are not
@@ -54,6 +54,10 @@ def report(
     known = {id(variable) for variable in (*trainable, *state)}
     metrics = [variable for metric in model.metrics for variable in metric.variables]
     others = [v for v in (*model.variables, *metrics) if id(v) not in known]
+    # What compressed gradients leave for the next step belongs to how weights are updated.
+    for variable in trainable:
+        stored = getattr(variable, "_value", variable)
+        state += getattr(stored, "reduction_state", {}).values()
     for kind, variables in (("parameters", trainable), ("optimizer", state), ("other", others)):
         for part in _parts(variables):
             row = rows.setdefault(part.device, {"device": part.device, **_NOTHING})
