@@ -26,7 +26,8 @@ def report(
     Returns:
         A dict for each device, in rank order: `device`, and the bytes of `parameters` (trainable
         weights), `optimizer` (its state, its copies of weights, accumulated gradients, and what
-        compressed gradients leave for the next step) and `other` (statistics of layers, states of random generators, metrics).
+        compressed gradients leave for the next step) and `other` (statistics of layers,
+        states of random generators, metrics).
 
     Raises:
         ValueError: the model has no weights yet, or is to be a pipeline and its inputs are not
