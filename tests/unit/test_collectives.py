@@ -97,6 +97,7 @@ def _shift(places):
 
 CASES = [
     Case("all_reduce", {}, _sum, _sum),
+    Case("all_reduce", {"hierarchical": True}, _sum, _sum),
     Case("all_reduce", {"op": "max"}, _extreme(np.maximum), None),
     Case("all_reduce", {"op": "min"}, _extreme(np.minimum), None),
     Case("all_gather", {}, _gather(0), _scatter(0)),

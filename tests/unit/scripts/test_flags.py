@@ -18,6 +18,7 @@ NAMES = {
     "draw_schedule",
     "dtype",
     "global_batch",
+    "gradient_compression",
     "hidden_size",
     "json",
     "layout_map",
