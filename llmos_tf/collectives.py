@@ -75,18 +75,16 @@ def all_reduce(x: tf.Tensor, axes: Axes, op: str = "sum", hierarchical: bool = F
         Tensor like `x`.
 
     Raises:
-        ValueError: an unknown `op`, or hierarchical with another one than the sum or of a tensor
-            whose shape is not static.
+        ValueError: an unknown `op`, or hierarchical with another one than the sum.
 
     Example:
         >>> strategy.run(lambda: collectives.all_reduce(tf.constant(1.0), "data"))
     """
     if op not in _MERGE_OPS:
         raise ValueError(f"all_reduce knows {', '.join(_MERGE_OPS)}. Received: op={op!r}.")
-    if hierarchical and (op != "sum" or not x.shape.is_fully_defined()):
+    if hierarchical and op != "sum":
         raise ValueError(
-            "all_reduce is hierarchical for sums of tensors of a static shape, which it cuts into "
-            f"parts. Received: op={op!r}, shape={tuple(x.shape)}. Leave hierarchical out."
+            f"all_reduce is hierarchical for sums. Received: op={op!r}. Leave hierarchical out."
         )
     group = Group(axes, "all_reduce")
     split = [axis for axis in group.axes if axis_size(axis) > 1]
@@ -111,12 +109,16 @@ def _sum_by_parts(x: tf.Tensor, outer: Axes, inner: str) -> tf.Tensor:
     """A sum of which each rank of `inner` takes an equal part along `outer`."""
     ways, length = axis_size(inner), x.shape.num_elements()
     flat = tf.reshape(x, [-1])
-    if length % ways:
-        flat = tf.pad(flat, [[0, -length % ways]])
+    if length is None:
+        length = tf.size(x)
+    missing = -length % ways
+    if not isinstance(missing, int) or missing:
+        flat = tf.pad(flat, [[0, missing]])
     # Each has a gradient, and their adjoints in turn are the same three.
     part = all_reduce(reduce_scatter(flat, inner), outer)
-    whole = all_gather(part, inner)
-    return tf.reshape(whole[:length] if length % ways else whole, x.shape)
+    whole = tf.reshape(all_gather(part, inner)[:length], tf.shape(x))
+    whole.set_shape(x.shape)
+    return whole
 
 
 def all_gather(x: tf.Tensor, axes: Axes, dim: int = 0) -> tf.Tensor:

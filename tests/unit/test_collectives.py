@@ -480,6 +480,10 @@ def test_a_function_is_traced_once_and_never_taken_for_another(strategy):
     ("call", "named"),
     [
         (lambda x: collectives.all_reduce(x, "data", op="mean"), "op='mean'"),
+        (
+            lambda x: collectives.all_reduce(x, SPLIT, op="max", hierarchical=True),
+            "op='max'. Leave hierarchical out",
+        ),
         (lambda x: collectives.all_reduce(x, "batch"), "Received: 'batch'"),
         (lambda x: collectives.all_reduce(x > 0, "data"), "a boolean tensor"),
         (lambda x: collectives.broadcast(x, "data", root=2), "root=2"),

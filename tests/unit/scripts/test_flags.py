@@ -130,6 +130,7 @@ def test_options_reach_the_strategy(monkeypatch):
         schedule="interleaved",
         num_chunks=2,
         context_method="ulysses",
+        gradient_compression="int8",
         virtual_devices=8,
     )
     mesh, values = setup_run.make_strategy(given)
@@ -141,6 +142,7 @@ def test_options_reach_the_strategy(monkeypatch):
         "schedule": "interleaved",
         "num_chunks": 2,
         "context_method": "ulysses",
+        "gradient_compression": "int8",
     }
 
 
