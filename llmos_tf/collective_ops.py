@@ -4,6 +4,7 @@ Each rank orders its own collectives by passing its own resource as an ordering 
 TensorFlow chains the ops of different devices of one process and they wait for each other forever.
 """
 
+import contextlib
 from collections.abc import Iterable
 
 import tensorflow as tf
@@ -86,12 +87,14 @@ class Group:
             )
         return _unfold(y, x)
 
-    def gather(self, x: tf.Tensor, dim: int) -> tf.Tensor:
+    def gather(self, x: tf.Tensor, dim: int, ends: bool = False) -> tf.Tensor:
         """Concatenates the members' tensors.
 
         Args:
             x: same shape and dtype on every rank.
             dim: along which.
+            ends: whether it is the second half of a sum whose first half, an exchange, was noted as
+                the whole.
 
         Returns:
             Tensor with `dim` longer by the group size.
@@ -102,8 +105,8 @@ class Group:
         bits = tf.bitcast(front, tf.float16) if x.dtype == tf.bfloat16 else front
         sent = self._not_empty(_one_length(bits))
         arguments = self._arguments(sent)
-        whole = _scaled(front.shape, 0, self.size)
-        with self._sends("all_gather", x.dtype, whole).noted():
+        sends = self._sends("all_gather", x.dtype, _scaled(front.shape, 0, self.size))
+        with contextlib.nullcontext() if ends else sends.noted():
             y = tf.raw_ops.CollectiveGatherV2(input=sent, **arguments)
         y = self._in_mesh_order(_unfold(y, bits, times=self.size))
         return _move_dim(y if y.dtype == x.dtype else tf.bitcast(y, x.dtype), 0, dim)
@@ -128,6 +131,19 @@ class Group:
         sends = self._sends("all_to_all", x.dtype, usual)
         parts = self._swap(self.stack_parts(x, split_dim), sends)
         return tf.concat(tf.unstack(parts, self.size), concat_dim)
+
+    def swap(self, parts: tf.Tensor, kind: str) -> tf.Tensor:
+        """Sends part j to rank j.
+
+        Args:
+            parts: ``[group, ...]``.
+            kind: of which it is the communication: "all_to_all", "reduce_scatter" of what is summed
+                after it, or "all_reduce", whose other half is then a `gather` that `ends` it.
+
+        Returns:
+            Tensor like `parts`; part j is from rank j.
+        """
+        return self._swap(parts, self._sends(kind, parts.dtype, parts.shape))
 
     def _swap(self, parts: tf.Tensor, sends: Sent) -> tf.Tensor:
         """Sends part j of ``[group, ...]`` to rank j; part j of the result is from rank j."""

@@ -59,26 +59,37 @@ def axis_index(axes: Axes) -> tf.Tensor:
     return require_program("collectives.axis_index").axis_index(axes)
 
 
-def all_reduce(x: tf.Tensor, axes: Axes, op: str = "sum") -> tf.Tensor:
+def all_reduce(x: tf.Tensor, axes: Axes, op: str = "sum", hierarchical: bool = False) -> tf.Tensor:
     """Reduces `x` over the group and gives every rank the result: y = Σ_j x_j.
 
     Args:
         x: same shape and dtype on every rank of the group.
         axes: axis name or names.
         op: "sum", "max" or "min". Only the sum has a gradient: all_reduce of the cotangents.
+        hierarchical: along several axes, whether to reduce-scatter along the innermost one, the
+            last in mesh order, whose ranks are neighbours, then all-reduce the parts along the
+            others, and gather them along the innermost. What is sent along the outer axes, the slow
+            ones, is divided by the size of the innermost. Along one axis it changes nothing.
 
     Returns:
         Tensor like `x`.
 
     Raises:
-        ValueError: an unknown `op`.
+        ValueError: an unknown `op`, or hierarchical with another one than the sum.
 
     Example:
         >>> strategy.run(lambda: collectives.all_reduce(tf.constant(1.0), "data"))
     """
     if op not in _MERGE_OPS:
         raise ValueError(f"all_reduce knows {', '.join(_MERGE_OPS)}. Received: op={op!r}.")
+    if hierarchical and op != "sum":
+        raise ValueError(
+            f"all_reduce is hierarchical for sums. Received: op={op!r}. Leave hierarchical out."
+        )
     group = Group(axes, "all_reduce")
+    split = [axis for axis in group.axes if axis_size(axis) > 1]
+    if hierarchical and len(split) > 1:
+        return _sum_by_parts(x, split[:-1], split[-1])
     if op != "sum":
         # Before the size is looked at: one device trains as many do.
         x = tf.stop_gradient(x)
@@ -92,6 +103,22 @@ def all_reduce(x: tf.Tensor, axes: Axes, op: str = "sum") -> tf.Tensor:
         return group.reduce(x), lambda dy: all_reduce(dy, axes)
 
     return summed(x)
+
+
+def _sum_by_parts(x: tf.Tensor, outer: Axes, inner: str) -> tf.Tensor:
+    """A sum of which each rank of `inner` takes an equal part along `outer`."""
+    ways, length = axis_size(inner), x.shape.num_elements()
+    flat = tf.reshape(x, [-1])
+    if length is None:
+        length = tf.size(x)
+    missing = -length % ways
+    if not isinstance(missing, int) or missing:
+        flat = tf.pad(flat, [[0, missing]])
+    # Each has a gradient, and their adjoints in turn are the same three.
+    part = all_reduce(reduce_scatter(flat, inner), outer)
+    whole = tf.reshape(all_gather(part, inner)[:length], tf.shape(x))
+    whole.set_shape(x.shape)
+    return whole
 
 
 def all_gather(x: tf.Tensor, axes: Axes, dim: int = 0) -> tf.Tensor:

@@ -28,6 +28,11 @@ flags.DEFINE_multi_string(
     "default data=2 and fsdp=2.",
 )
 flags.DEFINE_integer("zero_stage", 0, "ZeRO stage, 0 to 3; 3 needs an fsdp axis.")
+flags.DEFINE_string(
+    "gradient_compression",
+    None,
+    "What is sent of gradients that are summed: bf16, fp16, int8 or powersgd; by default all bits.",
+)
 flags.DEFINE_bool("sequence_parallel", False, "Also split positions over the tensor axis.")
 flags.DEFINE_integer(
     "microbatches",

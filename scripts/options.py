@@ -29,6 +29,7 @@ class RunOptions:
     schedule: str
     num_chunks: int
     context_method: str
+    gradient_compression: str | None
     virtual_devices: int | None
     global_batch: int
     seq_len: int | None

@@ -52,6 +52,7 @@ _FLAGS = (
     "schedule",
     "num_chunks",
     "context_method",
+    "gradient_compression",
     "virtual_devices",
     "global_batch",
     "seq_len",

@@ -14,10 +14,11 @@ Glossary:
 - *microbatch*, *stage*, *schedule*: the units of a pipeline.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from llmos_tf import _internal, batch, collectives, devices
@@ -96,12 +97,26 @@ class MeshExtended(_internal.MirroredExtended):
 
     def _make_tokens(self) -> _internal.MirroredVariable:
         """One resource for each rank, by which it orders its collectives."""
-        tokens = []
-        for device in self._devices:
-            with tf.device(device), tf.init_scope():
-                tokens.append(tf.Variable(0.0, trainable=False, name="collective_order"))
+        zeros = [np.zeros([], np.float32)] * len(self._devices)
+        return self.make_rank_state("collective_order", zeros)
+
+    def make_rank_state(self, name: str, values: Sequence[np.ndarray]) -> Any:
+        """Makes what each local rank keeps for itself, also while a program is traced.
+
+        Args:
+            name: of the variable.
+            values: initial value of each local rank.
+
+        Returns:
+            A distributed variable; each rank reads and assigns its own component.
+        """
+        components = []
+        for device, value in zip(self._devices, values, strict=True):
+            with tf.init_scope(), tf.device(device):
+                # Not `tf.Variable`, which the scope would make a variable of the mesh.
+                components.append(_internal.ResourceVariable(value, trainable=False, name=name))
         return _internal.MirroredVariable(
-            self._container_strategy(), tokens, tf.VariableAggregation.NONE
+            self._container_strategy(), components, tf.VariableAggregation.NONE
         )
 
     def container_strategy(self) -> tf.distribute.Strategy:

@@ -31,6 +31,12 @@ class MeshStrategy(tf.distribute.MirroredStrategy):
             overrule how the model is cut.
         context_method: how attention sees positions of other ranks of the `context` axis: "ring"
             (arXiv 2310.01889) or "ulysses" (all-to-all over heads, arXiv 2309.14509).
+        bucket_bytes: how many bytes of gradients are reduced together; None chooses by the mesh
+            (`strategies.buckets.default_bucket_bytes`).
+        gradient_compression: what is sent of gradients that are summed: None for all bits, "bf16",
+            "fp16" or "int8" for fewer, "powersgd" for matrices of low rank. All but None train
+            otherwise than one device does, by what docs/compression.md measures.
+        powersgd_rank: rank of these matrices; None for 4.
 
     Raises:
         ValueError: the mesh does not fit the devices, or the options do not fit the mesh.
@@ -58,6 +64,9 @@ class MeshStrategy(tf.distribute.MirroredStrategy):
         num_chunks: int = 1,
         stage_of: Mapping[str, int] | None = None,
         context_method: str = "ring",
+        bucket_bytes: int | None = None,
+        gradient_compression: str | None = None,
+        powersgd_rank: int | None = None,
     ):
         if not isinstance(mesh, Mesh):
             raise ValueError(
@@ -72,6 +81,9 @@ class MeshStrategy(tf.distribute.MirroredStrategy):
             num_chunks=num_chunks,
             stage_of=dict(stage_of or {}),
             context_method=context_method,
+            bucket_bytes=bucket_bytes,
+            gradient_compression=gradient_compression,
+            powersgd_rank=powersgd_rank,
         ).resolved(mesh)
         extended = MeshExtended(self, devices.resolve(mesh), options)
         # Past MirroredStrategy's own constructor, which would make its own `extended`.

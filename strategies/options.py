@@ -7,6 +7,8 @@ from llmos_tf.mesh import Mesh
 from llmos_tf.strategies.schedules import Schedule, make_schedule
 
 CONTEXT_METHODS = ("ring", "ulysses")
+COMPRESSIONS = ("bf16", "fp16", "int8", "powersgd")
+DEFAULT_RANK = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +27,9 @@ class MeshOptions:
     num_chunks: int = 1
     stage_of: Mapping[str, int] = field(default_factory=dict)
     context_method: str = "ring"
+    bucket_bytes: int | None = None
+    gradient_compression: str | None = None
+    powersgd_rank: int | None = None
 
     def resolved(self, mesh: Mesh) -> "MeshOptions":
         """Checks that the options fit a mesh, and says what was left open.
@@ -33,7 +38,7 @@ class MeshOptions:
             mesh: the mesh.
 
         Returns:
-            The options, with a number of microbatches.
+            The options, with a number of microbatches, and a rank for PowerSGD.
 
         Raises:
             ValueError: an option that is out of range, or needs an axis that the mesh lacks.
@@ -42,9 +47,12 @@ class MeshOptions:
         if self.num_microbatches is None:
             # The fewest with which every stage has something to do at the same time.
             options = replace(self, num_microbatches=mesh.axis_size("pipe"))
+        if self.gradient_compression == "powersgd" and self.powersgd_rank is None:
+            options = replace(options, powersgd_rank=DEFAULT_RANK)
         options._check_zero(mesh)
         options._check_positions(mesh)
         options._check_pipe(mesh)
+        options._check_gradients(mesh)
         return options
 
     def _check_zero(self, mesh: Mesh) -> None:
@@ -73,6 +81,43 @@ class MeshOptions:
             raise ValueError(
                 f"context_method is {' or '.join(CONTEXT_METHODS)}. "
                 f"Received: {self.context_method!r}."
+            )
+
+    def _check_gradients(self, mesh: Mesh) -> None:
+        for name in ("bucket_bytes", "powersgd_rank"):
+            value = getattr(self, name)
+            if value is not None and not (type(value) is int and value > 0):
+                raise ValueError(f"{name} is a positive integer or None. Received: {value!r}.")
+        method = self.gradient_compression
+        if method not in (None, *COMPRESSIONS):
+            raise ValueError(
+                f"gradient_compression is None, {', '.join(COMPRESSIONS[:-1])} or "
+                f"{COMPRESSIONS[-1]}. Received: {method!r}."
+            )
+        if self.powersgd_rank is not None and method != "powersgd":
+            raise ValueError(
+                f"powersgd_rank={self.powersgd_rank} is for gradient_compression='powersgd'. "
+                f"Received: gradient_compression={method!r}."
+            )
+        if method is None or mesh.size == 1:
+            return
+        if mesh.axis_size(("data", "expert", "context")) == 1:
+            raise ValueError(
+                f"gradient_compression={method!r} is for gradients that are summed along data, "
+                f"expert or context, and the mesh {mesh} has none of them. What fsdp and tensor "
+                "send is part of the forward and backward passes, in their own dtype: take a data "
+                "axis, or the dtype policy mixed_bfloat16 to halve that."
+            )
+        if method == "powersgd" and mesh.axis_size("fsdp") > 1:
+            raise ValueError(
+                "gradient_compression='powersgd' needs gradients that are matrices, and fsdp cuts "
+                f"them into flat pieces in the mesh {mesh}. Take 'int8', or no fsdp axis."
+            )
+        if method == "powersgd" and self.zero_stage in (1, 2):
+            raise ValueError(
+                "gradient_compression='powersgd' sums whole matrices, and "
+                f"zero_stage={self.zero_stage} wants each rank's flat part of the sum only. Take "
+                "'int8', or zero_stage=0."
             )
 
     def _check_pipe(self, mesh: Mesh) -> None:

@@ -17,18 +17,14 @@ from keras import ops
 from llmos_tf import _internal
 from llmos_tf.program import ReplicaProgram, current_program
 from llmos_tf.sharding import ShardedVariable
+from llmos_tf.strategies.clipping import clip_gradients
 from llmos_tf.strategies.fused_update import (
     decay_weights,
     fused_update,
     is_elementwise,
     is_known,
 )
-from llmos_tf.strategies.gradients import (
-    clip_gradients,
-    gather_updated_parts,
-    sync_gradients,
-    update_part,
-)
+from llmos_tf.strategies.gradients import gather_updated_parts, sync_gradients, update_part
 
 
 def apply_gradients(optimizer: Any, gradients: Sequence[Any], variables: Any = None) -> None:

@@ -44,7 +44,8 @@ def report(
     Returns:
         A dict for each device, in rank order: `device`, and the bytes of `parameters` (trainable
         weights), `gradients` (and what an optimizer makes of them on the way), `optimizer` (its
-        state, its copies of weights and accumulated gradients), `activations`, `communication`
+        state, its copies of weights, accumulated gradients, and what compressed gradients leave for
+        the next step), `activations`, `communication`
         (what collectives pack, gathered weights, and sums of gradients) and `other` (statistics of
         layers, states of random generators, metrics; within the step copies of weights, such as
         those in another type). Where no batch is known, `gradients`, `activations` and
@@ -77,6 +78,10 @@ def report(
     known = {id(variable) for variable in (*trainable, *state)}
     metrics = [variable for metric in model.metrics for variable in metric.variables]
     others = [v for v in (*model.variables, *metrics) if id(v) not in known]
+    # What compressed gradients leave for the next step belongs to how weights are updated.
+    for variable in trainable:
+        stored = getattr(variable, "_value", variable)
+        state += getattr(stored, "reduction_state", {}).values()
     # A variable's parts are in rank order, and every rank holds a part of every variable.
     rows: dict[str, dict[str, Any]] = {}
     for kind, variables in (("parameters", trainable), ("optimizer", state), ("other", others)):

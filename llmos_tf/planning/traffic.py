@@ -151,7 +151,20 @@ def _weight(step: TrainingStep, weight: Weight) -> Iterator[Sent]:
         yield Sent(("data",), "all_gather", data * shard * element, 1, True)
         yield Sent(tuple(partial), "all_reduce", shard * element, 1, True)
     else:
-        yield Sent(("data", *partial), "all_reduce", part * element, 1, True)
+        yield from _summed(step, ("data", *partial), part * element, element)
+
+
+def _summed(step: TrainingStep, axes: tuple[str, ...], size: int, element: int) -> Iterator[Sent]:
+    """A sum of a gradient; along several axes each rank of the innermost takes its part outward."""
+    split = [axis for axis in step.mesh.canonical_axes(axes) if step.size(axis) > 1]
+    if len(split) < 2:
+        yield Sent(axes, "all_reduce", size, 1, True)
+        return
+    *outer, inner = split
+    part = -(-(size // element) // step.size(inner)) * element
+    yield Sent((inner,), "reduce_scatter", part * step.size(inner), 1, True)
+    yield Sent(tuple(outer), "all_reduce", part, 1, True)
+    yield Sent((inner,), "all_gather", part * step.size(inner), 1, True)
 
 
 def _part(step: TrainingStep, weight: Weight) -> int:

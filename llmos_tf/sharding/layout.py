@@ -88,6 +88,11 @@ class Layout:
         """Whether every rank that holds it holds the full tensor."""
         return not self.flat and all(axis is None for axis in self.dims)
 
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The axes along which it is cut, `pipe` aside."""
+        return tuple(axis for axis in (*self.dims, *self.flat) if axis is not None)
+
     def is_on(self, stage: int) -> bool:
         """Returns whether ranks at a position on `pipe` hold it.
 

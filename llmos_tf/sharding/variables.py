@@ -53,6 +53,9 @@ class ShardedVariable(WrittenByParts, _internal.MirroredVariable):
         self.layout = layout
         self.update_layout = update_layout
         self.path = path
+        # What compression of its gradient keeps from step to step, by what it is: distributed
+        # variables, each rank's its own (`strategies.compression`).
+        self.reduction_state: dict[tuple, Any] = {}
         self._full_shape = full_shape
 
     @property

@@ -97,6 +97,7 @@ def _shift(places):
 
 CASES = [
     Case("all_reduce", {}, _sum, _sum),
+    Case("all_reduce", {"hierarchical": True}, _sum, _sum),
     Case("all_reduce", {"op": "max"}, _extreme(np.maximum), None),
     Case("all_reduce", {"op": "min"}, _extreme(np.minimum), None),
     Case("all_gather", {}, _gather(0), _scatter(0)),
@@ -479,6 +480,10 @@ def test_a_function_is_traced_once_and_never_taken_for_another(strategy):
     ("call", "named"),
     [
         (lambda x: collectives.all_reduce(x, "data", op="mean"), "op='mean'"),
+        (
+            lambda x: collectives.all_reduce(x, SPLIT, op="max", hierarchical=True),
+            "op='max'. Leave hierarchical out",
+        ),
         (lambda x: collectives.all_reduce(x, "batch"), "Received: 'batch'"),
         (lambda x: collectives.all_reduce(x > 0, "data"), "a boolean tensor"),
         (lambda x: collectives.broadcast(x, "data", root=2), "root=2"),

@@ -18,6 +18,7 @@ NAMES = {
     "draw_schedule",
     "dtype",
     "global_batch",
+    "gradient_compression",
     "hidden_size",
     "json",
     "layout_map",
@@ -131,6 +132,7 @@ def test_options_reach_the_strategy(monkeypatch):
         schedule="interleaved",
         num_chunks=2,
         context_method="ulysses",
+        gradient_compression="int8",
         virtual_devices=8,
     )
     mesh, values = setup_run.make_strategy(given)
@@ -142,6 +144,7 @@ def test_options_reach_the_strategy(monkeypatch):
         "schedule": "interleaved",
         "num_chunks": 2,
         "context_method": "ulysses",
+        "gradient_compression": "int8",
     }
 
 

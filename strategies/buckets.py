@@ -1,0 +1,202 @@
+"""Buckets: tensors that are communicated together, laid end to end.
+
+A collective costs a latency and its bytes. Many small ones cost latencies; one of everything can
+start only when all is there. So tensors travel in buckets, in the order in which they are made, and
+a bucket leaves as soon as its last tensor is there, while the backward pass makes the next ones.
+"""
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import NamedTuple
+
+import tensorflow as tf
+
+from llmos_tf.sharding.layout import pad_to
+
+# Above it a bucket is busy with bytes and not with latencies (PyTorch DDP's, arXiv 2006.15704).
+MAX_BYTES = 25 * 2**20
+# In a ring each of N ranks sends 2(N-1) times an N-th of a bucket. At 10 microseconds and 25 GB/s
+# a link carries so much in the time of a latency; with smaller pieces it would mostly wait.
+BYTES_OF_A_TURN = 2**18
+# A quarter of the gradients is there after a quarter of the backward pass.
+MIN_BUCKETS = 4
+
+
+class Bucket(NamedTuple):
+    """Tensors that are communicated together.
+
+    Args:
+        key: what they have in common.
+        members: their indices, in the order in which they are made.
+        ready: when the last of them is made.
+    """
+
+    key: Hashable
+    members: tuple[int, ...]
+    ready: int
+
+
+def default_bucket_bytes(ranks: int, total: int) -> int:
+    """Returns how large buckets are, where the user has not said it.
+
+    A quarter of what there is, so that three quarters can travel while the backward pass goes on;
+    at most 25 MiB, above which a larger one is no faster; but at least 256 KiB for each rank of the
+    ring, below which its latencies are what takes time.
+
+    Args:
+        ranks: in a group.
+        total: bytes of all tensors that are reduced alike.
+
+    Returns:
+        Bytes.
+
+    Example:
+        >>> default_bucket_bytes(ranks=8, total=30_000_000)
+        7500000
+    """
+    return max(ranks * BYTES_OF_A_TURN, min(MAX_BYTES, -(-total // MIN_BUCKETS)))
+
+
+def plan_buckets(
+    keys: Mapping[int, Hashable],
+    sizes: Mapping[int, int],
+    made: Mapping[int, int],
+    limits: Mapping[Hashable, int],
+) -> list[Bucket]:
+    """Puts tensors into buckets in the order in which they are made.
+
+    Args:
+        keys: index of a tensor to what it has in common with others of its bucket.
+        sizes: index to bytes.
+        made: index to when the tensor is made, as a number; of those that are made at once the
+            later ones come first, as the backward pass goes from the last layer to the first.
+        limits: key to the bytes of a bucket; a larger tensor is one by itself.
+
+    Returns:
+        The buckets, in the order in which they are complete.
+    """
+    open_buckets: dict[Hashable, tuple[list[int], int]] = {}
+    closed = []
+    for i in sorted(keys, key=lambda i: (made[i], -i)):
+        key = keys[i]
+        members, total = open_buckets.get(key, ([], 0))
+        if members and total + sizes[i] > limits[key]:
+            closed.append((key, members))
+            members, total = [], 0
+        open_buckets[key] = ([*members, i], total + sizes[i])
+    closed += [(key, members) for key, (members, _) in open_buckets.items()]
+    buckets = [Bucket(key, tuple(m), max(made[i] for i in m)) for key, m in closed]
+    return sorted(buckets, key=lambda bucket: bucket.ready)
+
+
+def creation_order(tensors: Mapping[int, tf.Tensor]) -> dict[int, int]:
+    """Returns when the tensors of a program are made: the place of their ops in its graph.
+
+    A tape makes the ops of the backward pass in the order in which it goes back, so it is also the
+    order in which they run.
+
+    Args:
+        tensors: by index, of the graph that is being traced, or of one around it.
+
+    Returns:
+        Index to a number; 0 for what is an input of the graph.
+    """
+    graph = tf.compat.v1.get_default_graph()
+    places = {op.name: place for place, op in enumerate(graph.get_operations())}
+    return {i: places[x.op.name] if x.graph is graph else 0 for i, x in tensors.items()}
+
+
+def packed(tensors: Sequence[tf.Tensor]) -> tf.Tensor:
+    """Lays tensors end to end.
+
+    Args:
+        tensors: of one dtype and static shapes.
+
+    Returns:
+        Rank-1 tensor; for a single one without a copy.
+    """
+    flat = [tf.reshape(tensor, [-1]) for tensor in tensors]
+    return flat[0] if len(flat) == 1 else tf.concat(flat, 0)
+
+
+def unpacked(flat: tf.Tensor, tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+    """Cuts apart what `packed` has laid end to end.
+
+    Args:
+        flat: of as many elements.
+        tensors: what was packed, for the shapes.
+
+    Returns:
+        Tensors of those shapes.
+    """
+    lengths = [tensor.shape.num_elements() for tensor in tensors]
+    parts = [flat] if len(lengths) == 1 else tf.split(flat, lengths)
+    return [tf.reshape(part, x.shape) for part, x in zip(parts, tensors, strict=True)]
+
+
+def packed_rows(tensors: Sequence[tf.Tensor], ways: int, multiple: int = 1) -> tf.Tensor:
+    """Lays tensors into a row for each rank, each rank's part of every tensor side by side.
+
+    Args:
+        tensors: of one dtype and static shapes; each is filled up with zeros to `ways` equal parts.
+        ways: ranks of the group.
+        multiple: a divisor of the length of a row, which is filled up as well.
+
+    Returns:
+        ``[ways, length]``.
+    """
+    lengths = row_lengths(tensors, ways)
+    rows = [
+        tf.reshape(pad_to(tf.reshape(tensor, [-1]), ways * length), [ways, length])
+        for tensor, length in zip(tensors, lengths, strict=True)
+    ]
+    missing = -sum(lengths) % multiple
+    if missing:
+        rows.append(tf.zeros([ways, missing], tensors[0].dtype))
+    return rows[0] if len(rows) == 1 else tf.concat(rows, 1)
+
+
+def unpacked_rows(rows: tf.Tensor, tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+    """Cuts apart what `packed_rows` has laid into rows.
+
+    Args:
+        rows: ``[ways, length]``.
+        tensors: what was packed, for the shapes.
+
+    Returns:
+        Tensors of those shapes.
+    """
+    lengths = row_lengths(tensors, rows.shape[0])
+    columns = split_columns(rows, lengths)
+    return [
+        tf.reshape(tf.reshape(column, [-1])[: x.shape.num_elements()], x.shape)
+        for column, x in zip(columns, tensors, strict=True)
+    ]
+
+
+def split_columns(rows: tf.Tensor, lengths: Sequence[int]) -> list[tf.Tensor]:
+    """Cuts the last dimension into pieces, and leaves out what is left.
+
+    Args:
+        rows: any tensor.
+        lengths: of the pieces.
+
+    Returns:
+        Tensors.
+    """
+    left = rows.shape[-1] - sum(lengths)
+    if len(lengths) == 1 and not left:
+        return [rows]
+    return tf.split(rows, [*lengths, left], -1)[: len(lengths)]
+
+
+def row_lengths(tensors: Sequence[tf.Tensor], ways: int) -> list[int]:
+    """Returns how long a rank's part of each tensor is.
+
+    Args:
+        tensors: of static shapes.
+        ways: into how many equal parts they are cut.
+
+    Returns:
+        Elements.
+    """
+    return [-(-tensor.shape.num_elements() // ways) for tensor in tensors]
