@@ -77,6 +77,17 @@ class Block:
         return list(self._concrete.captured_inputs)
 
     @property
+    def graph(self) -> tf.Graph:
+        """The graph in which it was traced."""
+        return self._graph
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """Entered while ops are added to its graph after it was traced, as its backward pass."""
+        with self._graph.as_default(), self._program.having(block=self):
+            yield
+
+    @property
     def levels(self) -> int:
         """How many blocks around this one, and itself, may be run a second time."""
         return (0 if self.outer is None else self.outer.levels) + (0 if self.compiled else 1)
@@ -158,7 +169,7 @@ class Block:
     # --- tracing and calling ----------------------------------------------------------------------
 
     def _trace(self) -> Any:
-        losses_before = self._added_losses()
+        self._losses_before = {x: len(losses) for x, losses in self._added_losses().items()}
 
         def body(recomputed, *tensors):
             self._graph = tf.compat.v1.get_default_graph()
@@ -194,9 +205,13 @@ class Block:
             # What was read outside, by collectives maybe, serves the blocks inside this one.
             graph = id(self._outer_graph)
             self._program.spare_reads.update({(graph, k): v for k, v in self._lifted.items()})
-            for layer, losses in self._added_losses().items():
-                del losses[len(losses_before.get(layer, ())) :]
+            self.forget()
             raise
+
+    def forget(self) -> None:
+        """Takes back what the function has added to the loss, where the block is not to be used."""
+        for layer, losses in self._added_losses().items():
+            del losses[self._losses_before.get(layer, 0) :]
 
     def call(
         self, inputs: list[tf.Tensor], captured: list[tf.Tensor], recomputed: int = 0
