@@ -31,6 +31,13 @@ class MeshStrategy(tf.distribute.MirroredStrategy):
             overrule how the model is cut.
         context_method: how attention sees positions of other ranks of the `context` axis: "ring"
             (arXiv 2310.01889) or "ulysses" (all-to-all over heads, arXiv 2309.14509).
+        rematerialise: what the backward pass computes again in place of keeping it. "none";
+            "block": each block of a stack keeps its inputs only, and where a model is no stack each
+            of its layers; "selective": the same blocks keep the results of products too, and
+            compute attention scores, softmax, dropout, norms and activations again (arXiv
+            2205.05198); "full": every layer of the model keeps its inputs only; or the bytes that
+            blocks may keep together on a device, from which the cheapest of these ways is chosen
+            for each. None is "none". See `strategies.recomputation`.
 
     Raises:
         ValueError: the mesh does not fit the devices, or the options do not fit the mesh.
@@ -58,6 +65,7 @@ class MeshStrategy(tf.distribute.MirroredStrategy):
         num_chunks: int = 1,
         stage_of: Mapping[str, int] | None = None,
         context_method: str = "ring",
+        rematerialise: str | int | None = None,
     ):
         if not isinstance(mesh, Mesh):
             raise ValueError(
@@ -72,6 +80,7 @@ class MeshStrategy(tf.distribute.MirroredStrategy):
             num_chunks=num_chunks,
             stage_of=dict(stage_of or {}),
             context_method=context_method,
+            rematerialise=rematerialise,
         ).resolved(mesh)
         extended = MeshExtended(self, devices.resolve(mesh), options)
         # Past MirroredStrategy's own constructor, which would make its own `extended`.

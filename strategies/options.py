@@ -7,6 +7,7 @@ from llmos_tf.mesh import Mesh
 from llmos_tf.strategies.schedules import Schedule, make_schedule
 
 CONTEXT_METHODS = ("ring", "ulysses")
+REMATERIALISE = ("none", "full", "block", "selective")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,7 @@ class MeshOptions:
     num_chunks: int = 1
     stage_of: Mapping[str, int] = field(default_factory=dict)
     context_method: str = "ring"
+    rematerialise: str | int | None = "none"
 
     def resolved(self, mesh: Mesh) -> "MeshOptions":
         """Checks that the options fit a mesh, and says what was left open.
@@ -42,7 +44,10 @@ class MeshOptions:
         if self.num_microbatches is None:
             # The fewest with which every stage has something to do at the same time.
             options = replace(self, num_microbatches=mesh.axis_size("pipe"))
+        if self.rematerialise is None:
+            options = replace(options, rematerialise="none")
         options._check_zero(mesh)
+        options._check_rematerialise(mesh)
         options._check_positions(mesh)
         options._check_pipe(mesh)
         return options
@@ -61,6 +66,21 @@ class MeshOptions:
             raise ValueError(
                 "zero_stage=3 cuts parameters along the fsdp axis, which has size 1 in the mesh "
                 f"{mesh}. Name the ways to split the batch fsdp in place of data: Mesh(fsdp=...)."
+            )
+
+    def _check_rematerialise(self, mesh: Mesh) -> None:
+        option = self.rematerialise
+        is_bytes = isinstance(option, int) and not isinstance(option, bool) and option > 0
+        if not is_bytes and option not in REMATERIALISE:
+            raise ValueError(
+                f"rematerialise is one of {', '.join(REMATERIALISE)}, or the bytes that blocks may "
+                f"keep for the backward pass. Received: {option!r}."
+            )
+        if is_bytes and mesh.axis_size("pipe") > 1:
+            raise ValueError(
+                f"rematerialise={option} is a number of bytes, which is for meshes without a pipe "
+                "axis: how many microbatches a stage keeps depends on how the model is cut. "
+                f"Received: the mesh {mesh}. Take 'block' or 'selective'."
             )
 
     def _check_positions(self, mesh: Mesh) -> None:

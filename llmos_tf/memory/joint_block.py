@@ -170,7 +170,10 @@ def call_keeping_products(block: Block) -> list[tf.Tensor]:
         def gradient(*upstream):
             of_outputs = dict(zip([x.ref() for x in joint.all_outputs], upstream, strict=True))
             feeds = {**given, graph.inputs[0].ref(): tf.constant(1)}
-            feeds |= {x.ref(): made[x.ref()] for x in kept}
+            # Not before the gradient is here, or all blocks would be computed again at once.
+            with tf.control_dependencies([dy for dy in upstream if dy is not None]):
+                feeds |= {x.ref(): tf.identity(made[x.ref()]) for x in kept}
+                feeds |= {x.ref(): tf.identity(given[x.ref()]) for x in joint.sources}
             for placeholder, output in zip(joint.upstream, joint.outputs, strict=True):
                 dy = of_outputs[output.ref()]
                 if dy is None:
