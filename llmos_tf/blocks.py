@@ -15,6 +15,7 @@ import keras
 import tensorflow as tf
 
 from llmos_tf import _internal
+from llmos_tf.graph_cuts import GraphCuts
 from llmos_tf.program import ReplicaProgram
 
 # Tensors that Keras keeps as attributes of another one.
@@ -244,9 +245,29 @@ class Block:
         for (layer, i, _), loss in zip(self._losses, losses, strict=True):
             layer._losses[i] = loss
         state = outputs[count + len(self._losses) :]
+        if self._program.trace is not None:
+            state = self._apart(state)
         for (variable, _), value in zip(self._written.values(), state, strict=True):
             variable.store(self._program, value)
         return result
+
+    def _apart(self, state: list[tf.Tensor]) -> list[tf.Tensor]:
+        """New values of state, where they follow from what is captured by functions of their own.
+
+        Every stage of a pipeline advances all streams of random numbers, and has the inputs of its
+        own blocks only.
+        """
+        if not self._written:
+            return state
+        cuts = GraphCuts(self._graph)
+        known = {inner.ref(): outer for outer, inner in self._graph.captures}
+        apart = []
+        for (_, value), result in zip(self._written.values(), state, strict=True):
+            cut = cuts.cut(cuts.ancestors([value]), [value])
+            needed = [*cut.feeds, *([value] if value.op.type == "Placeholder" else [])]
+            follows = all(x.ref() in known for x in needed)
+            apart += cut(known) if follows else [result]
+        return apart
 
     def _added_losses(self) -> dict[Any, list]:
         """The terms that each layer of the function has added to the loss."""
