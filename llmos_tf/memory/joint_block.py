@@ -91,6 +91,11 @@ class JointBlock:
         for op in self._operations:
             if _draws(op):
                 kept.add(op.name)
+            if op.type.startswith("CollectiveBcast"):
+                # What was sent to this rank, of which a second time nobody would send it. It
+                # follows from activations, though from none of this rank's.
+                kept.add(op.name)
+                from_inputs.add(op.name)
             if not any(x.op.name in from_inputs for x in op.inputs):
                 continue
             from_inputs.add(op.name)
