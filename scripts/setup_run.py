@@ -49,6 +49,7 @@ def make_strategy(options: RunOptions) -> MeshStrategy:
         schedule=options.schedule,
         num_chunks=options.num_chunks,
         context_method=options.context_method,
+        rematerialise=options.recomputation,
     )
 
 

@@ -52,6 +52,7 @@ _FLAGS = (
     "schedule",
     "num_chunks",
     "context_method",
+    "rematerialise",
     "virtual_devices",
     "global_batch",
     "seq_len",

@@ -34,6 +34,7 @@ NAMES = {
     "preset",
     "prompt",
     "ratio",
+    "rematerialise",
     "resume",
     "rounds",
     "run",
@@ -99,6 +100,7 @@ def test_defaults_are_a_run():
         ({"schedule": "zb-h2"}, "zb-h1, zb-v. Received: 'zb-h2'"),
         ({"schedule": "zb-v"}, "--schedule=zb-v is for the axis pipe, which has size 1"),
         ({"num_chunks": 2}, "--num_chunks=2 is for the axis pipe"),
+        ({"rematerialise": "blocks"}, "--rematerialise is one of none, full, block, selective, or"),
         ({"context_method": "rings"}, "ring, ulysses. Received: 'rings'"),
         ({"context_method": "ulysses"}, "--context_method=ulysses is for the axis context"),
         ({"mesh": "pipe=2", "schedule": "interleaved"}, "Received: num_chunks=1"),
@@ -131,6 +133,7 @@ def test_options_reach_the_strategy(monkeypatch):
         schedule="interleaved",
         num_chunks=2,
         context_method="ulysses",
+        rematerialise="5000",
         virtual_devices=8,
     )
     mesh, values = setup_run.make_strategy(given)
@@ -142,6 +145,7 @@ def test_options_reach_the_strategy(monkeypatch):
         "schedule": "interleaved",
         "num_chunks": 2,
         "context_method": "ulysses",
+        "rematerialise": 5000,
     }
 
 
