@@ -67,8 +67,8 @@ from tensorflow.python.eager import context as eager_context
 from tensorflow.python.eager.polymorphic_function import attributes as function_attributes
 
 # `tf.GradientTape.stop_recording` needs the tape at hand; creating a variable inside a user's tape
-# must not be recorded by it.
-from tensorflow.python.eager.record import stop_recording
+# must not be recorded by it. And whether there is a tape at all, no public function tells.
+from tensorflow.python.eager.record import could_possibly_record, stop_recording
 
 # Which captured resources a function only reads: what it writes orders the calls of it.
 from tensorflow.python.framework.auto_control_deps_utils import (
@@ -108,10 +108,12 @@ __all__ = [
     "TFOptimizer",
     "TensorFlowTrainer",
     "Trainer",
+    "add_functions",
     "attributes_of_function",
     "call_with_captures",
     "captured_container",
     "connected_cluster",
+    "could_possibly_record",
     "current_path",
     "eager_context",
     "function_of_keras_step",
@@ -296,6 +298,16 @@ def graph_of_function(graph: Any, name: str) -> Any:
             )
         function.graph = known
     return known
+
+
+def add_functions(source: Any, target: Any) -> None:
+    """Adds the functions that ops of one graph call to another one, which is not public.
+
+    `tf.import_graph_def` would add copies that are known by their definition alone, without a
+    graph.
+    """
+    for function in list(source._functions.values()):
+        target._add_function_recursive(function)
 
 
 def attributes_of_function(graph: Any, name: str) -> Any:

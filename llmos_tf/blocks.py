@@ -15,6 +15,7 @@ import keras
 import tensorflow as tf
 
 from llmos_tf import _internal
+from llmos_tf.graph_cuts import GraphCuts
 from llmos_tf.program import ReplicaProgram
 
 # Tensors that Keras keeps as attributes of another one.
@@ -75,6 +76,17 @@ class Block:
     def captured(self) -> list[tf.Tensor]:
         """What the function takes beside its inputs: values of variables and of the program."""
         return list(self._concrete.captured_inputs)
+
+    @property
+    def graph(self) -> tf.Graph:
+        """The graph in which it was traced."""
+        return self._graph
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """Entered while ops are added to its graph after it was traced, as its backward pass."""
+        with self._graph.as_default(), self._program.having(block=self):
+            yield
 
     @property
     def levels(self) -> int:
@@ -158,7 +170,7 @@ class Block:
     # --- tracing and calling ----------------------------------------------------------------------
 
     def _trace(self) -> Any:
-        losses_before = self._added_losses()
+        self._losses_before = {x: len(losses) for x, losses in self._added_losses().items()}
 
         def body(recomputed, *tensors):
             self._graph = tf.compat.v1.get_default_graph()
@@ -194,9 +206,13 @@ class Block:
             # What was read outside, by collectives maybe, serves the blocks inside this one.
             graph = id(self._outer_graph)
             self._program.spare_reads.update({(graph, k): v for k, v in self._lifted.items()})
-            for layer, losses in self._added_losses().items():
-                del losses[len(losses_before.get(layer, ())) :]
+            self.forget()
             raise
+
+    def forget(self) -> None:
+        """Takes back what the function has added to the loss, where the block is not to be used."""
+        for layer, losses in self._added_losses().items():
+            del losses[self._losses_before.get(layer, 0) :]
 
     def call(
         self, inputs: list[tf.Tensor], captured: list[tf.Tensor], recomputed: int = 0
@@ -229,9 +245,29 @@ class Block:
         for (layer, i, _), loss in zip(self._losses, losses, strict=True):
             layer._losses[i] = loss
         state = outputs[count + len(self._losses) :]
+        if self._program.trace is not None:
+            state = self._apart(state)
         for (variable, _), value in zip(self._written.values(), state, strict=True):
             variable.store(self._program, value)
         return result
+
+    def _apart(self, state: list[tf.Tensor]) -> list[tf.Tensor]:
+        """New values of state, where they follow from what is captured by functions of their own.
+
+        Every stage of a pipeline advances all streams of random numbers, and has the inputs of its
+        own blocks only.
+        """
+        if not self._written:
+            return state
+        cuts = GraphCuts(self._graph)
+        known = {inner.ref(): outer for outer, inner in self._graph.captures}
+        apart = []
+        for (_, value), result in zip(self._written.values(), state, strict=True):
+            cut = cuts.cut(cuts.ancestors([value]), [value])
+            needed = [*cut.feeds, *([value] if value.op.type == "Placeholder" else [])]
+            follows = all(x.ref() in known for x in needed)
+            apart += cut(known) if follows else [result]
+        return apart
 
     def _added_losses(self) -> dict[Any, list]:
         """The terms that each layer of the function has added to the loss."""

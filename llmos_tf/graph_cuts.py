@@ -95,7 +95,6 @@ class GraphCuts:
         made = [x for x in fetches if x.op.name in names]
         definition = tf.compat.v1.GraphDef()
         definition.versions.CopyFrom(self._definition.versions)
-        definition.library.CopyFrom(self._definition.library)
         # In the order of the graph, in which collectives are put where they are imported.
         for original in self._definition.node:
             if original.name not in names:
@@ -110,6 +109,7 @@ class GraphCuts:
         taken = list(feeds.values())
 
         def body(*values):
+            _internal.add_functions(self._graph, tf.compat.v1.get_default_graph())
             given = {x.name: value for x, value in zip(taken, values, strict=True)}
             capture = tf.compat.v1.get_default_graph().capture
             given |= {name: capture(tensor) for name, tensor in captured.items()}

@@ -109,6 +109,9 @@ class ReplicaProgram(_internal.ReplicaContext):
         self.compiles_blocks = False
         self.num_compiled_blocks = 0
         self.block: Any = None
+        # Which layers of the model that is being called are computed again in the backward pass;
+        # None outside of a call. See `strategies.recomputation`.
+        self.recomputation: Any = None
         # What a call of a model has gathered and may use again, as a table for tokens and logits;
         # None outside of one.
         self.reads: dict[Any, tf.Tensor] | None = None

@@ -116,6 +116,18 @@ def note_batch(model: keras.Model, specs: Any) -> None:
     setattr(model, _ATTRIBUTE, _Noted(specs))
 
 
+def noted_batch(model: keras.Model) -> Any:
+    """Returns what was noted of a whole batch of a model's `fit`.
+
+    Args:
+        model: the model.
+
+    Returns:
+        Nested `tf.TensorSpec`s, or None.
+    """
+    return getattr(model, _ATTRIBUTE, _Noted(None)).specs
+
+
 def stage_tallies(
     strategy: tf.distribute.Strategy, step: Any, batch: Any = None, evaluate: bool = False
 ) -> dict[int, Tally]:
@@ -135,9 +147,9 @@ def stage_tallies(
     """
     tallies = _tallies(strategy, _traced(strategy, step, batch, evaluate))
     if batch is None and _unsized(tallies) is not None:
-        noted = getattr(step, _ATTRIBUTE, _Noted(None))
-        if noted.specs is not None:
-            tallies = _tallies(strategy, _traced(strategy, step, noted.specs, evaluate))
+        noted = noted_batch(step)
+        if noted is not None:
+            tallies = _tallies(strategy, _traced(strategy, step, noted, evaluate))
     unsized = _unsized(tallies)
     if unsized is not None:
         raise ValueError(

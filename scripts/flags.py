@@ -51,6 +51,12 @@ flags.DEFINE_integer(
 flags.DEFINE_string(
     "context_method", "ring", "How attention crosses the context axis: ring or ulysses."
 )
+flags.DEFINE_string(
+    "rematerialise",
+    "none",
+    "What the backward pass computes again in place of keeping it: none, full, block, selective, "
+    "or the bytes that blocks may keep on a device.",
+)
 flags.DEFINE_integer("virtual_devices", None, "CPU devices to make; by default what --mesh needs.")
 flags.DEFINE_integer("global_batch", 16, "Sequences in a step, over all devices.")
 flags.DEFINE_integer("seq_len", None, "Tokens in a sequence; by default all the model's positions.")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llmos_tf.mesh import Mesh
-from llmos_tf.strategies.options import CONTEXT_METHODS, MeshOptions
+from llmos_tf.strategies.options import CONTEXT_METHODS, REMATERIALISE, MeshOptions
 from llmos_tf.strategies.schedules import SCHEDULES, Schedule, make_schedule
 
 
@@ -30,6 +30,7 @@ class RunOptions:
     num_chunks: int
     context_method: str
     gradient_compression: str | None
+    rematerialise: str
     virtual_devices: int | None
     global_batch: int
     seq_len: int | None
@@ -59,6 +60,11 @@ class RunOptions:
         if self.resume and not self.workdir:
             raise ValueError("--resume goes on from a checkpoint in --workdir. Name the folder.")
         _check_axes(self, [self.parsed_mesh])
+        if self.rematerialise not in REMATERIALISE and not self.rematerialise.isdecimal():
+            raise ValueError(
+                f"--rematerialise is one of {', '.join(REMATERIALISE)}, or a number of bytes. "
+                f"Received: {self.rematerialise!r}."
+            )
         microbatches = self.microbatches or self.parsed_mesh.axis_size("pipe")
         ways, of = self.parsed_mesh.batch_ways * microbatches, "data × fsdp"
         if microbatches > 1:
@@ -73,6 +79,11 @@ class RunOptions:
     def parsed_mesh(self) -> Mesh:
         """The mesh, without devices."""
         return Mesh.from_string(self.mesh)
+
+    @property
+    def recomputation(self) -> str | int:
+        """What `MeshStrategy` takes as `rematerialise`."""
+        return int(self.rematerialise) if self.rematerialise.isdecimal() else self.rematerialise
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields as JSON takes them."""

@@ -50,6 +50,7 @@ def make_strategy(options: RunOptions) -> MeshStrategy:
         num_chunks=options.num_chunks,
         context_method=options.context_method,
         gradient_compression=options.gradient_compression,
+        rematerialise=options.recomputation,
     )
 
 

@@ -53,6 +53,7 @@ _FLAGS = (
     "num_chunks",
     "context_method",
     "gradient_compression",
+    "rematerialise",
     "virtual_devices",
     "global_batch",
     "seq_len",

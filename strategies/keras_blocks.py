@@ -18,6 +18,7 @@ from llmos_tf import _internal
 from llmos_tf.blocks import Block, NotABlock
 from llmos_tf.memory.rematerialisation import rematerialised
 from llmos_tf.program import current_program
+from llmos_tf.strategies.recomputation import NOTHING, recomputation_of
 
 # On a model that was compiled with `jit_compile=True` under a mesh strategy.
 _MARK = "_llmos_compiles_blocks"
@@ -57,13 +58,23 @@ def compiled_call(original: Any) -> Any:
         if isinstance(layer, keras.layers.Embedding) and not program.looks_up:
             with program.having(looks_up=True):
                 return call(layer, *args, **kwargs)
+        if program.recomputation is None and _has_tensors(args, kwargs):
+            with program.having(
+                recomputation=recomputation_of(program, original, layer, args, kwargs)
+            ):
+                return block_call(layer, *args, **kwargs)
         if getattr(layer, _MARK, False) and not program.compiles_blocks:
             return _compiling_model(call, layer, args, kwargs)
+        again = program.recomputation or NOTHING
+        if again.takes(layer, args, kwargs):
+            function = MethodType(original, layer)
+            compiling = _compiling if program.compiles_blocks else _as_it_is
+            return again.call(program, function, compiling, args, kwargs)
         in_compiled = program.block is not None and program.block.compiled
         # A pipeline is cut between the layers of a model; and where it is differentiated, a
         # compiled lookup would have a dense gradient.
         whole = (keras.Model, keras.layers.Embedding)
-        is_cut = program.trace is not None and isinstance(layer, whole)
+        is_cut = (program.trace is not None and isinstance(layer, whole)) or again.holds(layer)
         if not program.compiles_blocks or in_compiled or is_cut or not _has_tensors(args, kwargs):
             return original(layer, *args, **kwargs)
         return _compiled(MethodType(original, layer), args, kwargs)
@@ -143,6 +154,10 @@ def _compiling(function: Callable) -> Callable:
         return _compiled(function, args[1:] if inner is not function else args, kwargs)
 
     return call if owner is None else MethodType(call, owner)
+
+
+def _as_it_is(function: Callable) -> Callable:
+    return function
 
 
 def _has_tensors(args: tuple, kwargs: dict) -> bool:

@@ -37,6 +37,13 @@ class MeshStrategy(tf.distribute.MirroredStrategy):
             "fp16" or "int8" for fewer, "powersgd" for matrices of low rank. All but None train
             otherwise than one device does, by what docs/compression.md measures.
         powersgd_rank: rank of these matrices; None for 4.
+        rematerialise: what the backward pass computes again in place of keeping it. "none";
+            "block": each block of a stack keeps its inputs only, and where a model is no stack each
+            of its layers; "selective": the same blocks keep the results of products too, and
+            compute attention scores, softmax, dropout, norms and activations again (arXiv
+            2205.05198); "full": every layer of the model keeps its inputs only; or the bytes that
+            blocks may keep together on a device, from which the cheapest of these ways is chosen
+            for each. None is "none". See `strategies.recomputation`.
 
     Raises:
         ValueError: the mesh does not fit the devices, or the options do not fit the mesh.
@@ -67,6 +74,7 @@ class MeshStrategy(tf.distribute.MirroredStrategy):
         bucket_bytes: int | None = None,
         gradient_compression: str | None = None,
         powersgd_rank: int | None = None,
+        rematerialise: str | int | None = None,
     ):
         if not isinstance(mesh, Mesh):
             raise ValueError(
@@ -84,6 +92,7 @@ class MeshStrategy(tf.distribute.MirroredStrategy):
             bucket_bytes=bucket_bytes,
             gradient_compression=gradient_compression,
             powersgd_rank=powersgd_rank,
+            rematerialise=rematerialise,
         ).resolved(mesh)
         extended = MeshExtended(self, devices.resolve(mesh), options)
         # Past MirroredStrategy's own constructor, which would make its own `extended`.

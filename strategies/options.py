@@ -9,6 +9,7 @@ from llmos_tf.strategies.schedules import Schedule, make_schedule
 CONTEXT_METHODS = ("ring", "ulysses")
 COMPRESSIONS = ("bf16", "fp16", "int8", "powersgd")
 DEFAULT_RANK = 4
+REMATERIALISE = ("none", "full", "block", "selective")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,7 @@ class MeshOptions:
     bucket_bytes: int | None = None
     gradient_compression: str | None = None
     powersgd_rank: int | None = None
+    rematerialise: str | int | None = "none"
 
     def resolved(self, mesh: Mesh) -> "MeshOptions":
         """Checks that the options fit a mesh, and says what was left open.
@@ -49,7 +51,10 @@ class MeshOptions:
             options = replace(self, num_microbatches=mesh.axis_size("pipe"))
         if self.gradient_compression == "powersgd" and self.powersgd_rank is None:
             options = replace(options, powersgd_rank=DEFAULT_RANK)
+        if self.rematerialise is None:
+            options = replace(options, rematerialise="none")
         options._check_zero(mesh)
+        options._check_rematerialise(mesh)
         options._check_positions(mesh)
         options._check_pipe(mesh)
         options._check_gradients(mesh)
@@ -69,6 +74,21 @@ class MeshOptions:
             raise ValueError(
                 "zero_stage=3 cuts parameters along the fsdp axis, which has size 1 in the mesh "
                 f"{mesh}. Name the ways to split the batch fsdp in place of data: Mesh(fsdp=...)."
+            )
+
+    def _check_rematerialise(self, mesh: Mesh) -> None:
+        option = self.rematerialise
+        is_bytes = isinstance(option, int) and not isinstance(option, bool) and option > 0
+        if not is_bytes and option not in REMATERIALISE:
+            raise ValueError(
+                f"rematerialise is one of {', '.join(REMATERIALISE)}, or the bytes that blocks may "
+                f"keep for the backward pass. Received: {option!r}."
+            )
+        if is_bytes and mesh.axis_size("pipe") > 1:
+            raise ValueError(
+                f"rematerialise={option} is a number of bytes, which is for meshes without a pipe "
+                "axis: how many microbatches a stage keeps depends on how the model is cut. "
+                f"Received: the mesh {mesh}. Take 'block' or 'selective'."
             )
 
     def _check_positions(self, mesh: Mesh) -> None:

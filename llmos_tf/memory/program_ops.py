@@ -17,7 +17,7 @@ import tensorflow as tf
 from llmos_tf import _internal
 
 # Ops whose first output is the memory of their first input.
-_SAME_MEMORY = frozenset(
+SAME_MEMORY = frozenset(
     [
         "Identity",
         "Reshape",
@@ -172,7 +172,7 @@ class ProgramOps:
             return work.outputs, [work]
         sizes = [self._size(op, x, inputs) for x in op.outputs]
         work = self._work(op.type, op.name, inputs, sizes, after=after)
-        if op.type in _SAME_MEMORY:
+        if op.type in SAME_MEMORY:
             work.shares[0] = 0
         elif op.type == "IdentityN":
             work.shares = list(range(len(inputs)))

@@ -1,6 +1,6 @@
 """Rematerialisation: activations are computed again in the backward pass instead of being kept.
 
-Training deep nets with sublinear memory cost, arXiv 1604.06174.
+Training deep nets with sublinear memory cost, arXiv 1604.06174; selectively, arXiv 2205.05198.
 """
 
 import functools
@@ -12,27 +12,38 @@ import tensorflow as tf
 
 from llmos_tf import _internal
 from llmos_tf.blocks import Block, NotABlock
+from llmos_tf.memory.joint_block import call_keeping_products
 from llmos_tf.program import current_program
 
 
-def rematerialised(function: Callable) -> Callable:
-    """Has the backward pass compute a function again, so that only its inputs are kept.
+def rematerialised(function: Callable, keep: str = "inputs") -> Callable:
+    """Has the backward pass compute a function again, so that little more than its inputs is kept.
 
     The second time it draws the same random numbers, sees the same values of variables, gathers
     what is cut over the mesh again, and changes no state.
 
     Args:
         function: of tensors in any structure, such as a layer's `call`.
+        keep: "inputs" keeps those only. "products" also keeps the results of matrix products and
+            convolutions with weights, and of other products, such as of attention's weights and
+            values, that are no larger than what they are made of: attention scores, softmax,
+            dropout, norms and activations are computed again.
 
     Returns:
         The function, with that gradient inside the program of a mesh strategy. Elsewhere, as where
         Keras finds out shapes, it is called as it is.
+
+    Raises:
+        ValueError: another `keep`.
 
     Example:
         >>> class Block(keras.layers.Layer):
         ...     def call(self, x):
         ...         return x + rematerialised(self.feed_forward)(x)
     """
+
+    if keep not in _CALLS:
+        raise ValueError(f"keep is one of {', '.join(_CALLS)}. Received: {keep!r}.")
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -50,7 +61,7 @@ def rematerialised(function: Callable) -> Callable:
                 stacklevel=2,
             )
             return function(*args, **kwargs)
-        return block.finish(_call_twice(block))
+        return block.finish(_CALLS[keep](block))
 
     return call
 
@@ -88,6 +99,9 @@ def _call_twice(block: Block) -> list[tf.Tensor]:
         return outputs, gradient
 
     return list(twice(*[values[place] for place in places]))
+
+
+_CALLS = {"inputs": _call_twice, "products": call_keeping_products}
 
 
 def _name_of(function: Callable) -> str:

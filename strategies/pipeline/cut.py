@@ -7,14 +7,11 @@ from dataclasses import dataclass
 
 import tensorflow as tf
 
-from llmos_tf import _internal
+from llmos_tf.op_costs import cost_of, elements
 from llmos_tf.strategies.pipeline.trace import Unit
 from llmos_tf.strategies.schedules import Schedule
 
-# What a step of a device costs is counted in the operations of a matrix product. An element that is
-# read and written, as by an activation or a norm, takes as long as so many of them; one that is
-# sent, as so many more.
-_PER_ELEMENT = 30
+# An element that is sent takes as long as so many operations of a matrix product.
 _PER_ELEMENT_SENT = 100
 
 
@@ -57,13 +54,13 @@ def count_costs(graph: tf.Graph, units: Sequence[Unit], free: set[str]) -> Costs
         for x in op.inputs:
             last_use[x.name] = unit
         if op.name not in free and op.type != "Placeholder":
-            work[unit] += _operations(op) + _PER_ELEMENT * sum(map(_elements, op.outputs))
+            work[unit] += cost_of(op)
     for op in operations:
         if op.name in free or op.type == "Placeholder":
             continue
         for x in op.outputs:
             for k in range(unit_of[op.name] + 1, last_use.get(x.name, 0) + 1):
-                crossing[k] += _elements(x)
+                crossing[k] += elements(x)
     return Costs(tuple(work), tuple(crossing))
 
 
@@ -158,42 +155,3 @@ def _wanted_stages(
         next((stage_of[n] for n in (unit.name, *reversed(unit.models)) if n in stage_of), None)
         for unit in units
     ]
-
-
-def _elements(x: tf.Tensor) -> float:
-    """Number of elements; lengths that are not known count as 1."""
-    if x.dtype in (tf.variant, tf.resource):
-        return 0.0
-    if x.shape.rank is None:
-        return 1.0
-    return float(math.prod(length or 1 for length in x.shape))
-
-
-def _operations(op: tf.Operation) -> float:
-    """Multiplications and additions of a product or convolution; 0 for what is none."""
-    if op.type in ("MatMul", "BatchMatMul", "BatchMatMulV2", "BatchMatMulV3"):
-        a = op.inputs[0].shape
-        transposed = op.get_attr("transpose_a" if op.type == "MatMul" else "adj_x")
-        inner = a[-2 if transposed else -1] if a.rank else None
-        return 2.0 * _elements(op.outputs[0]) * (inner or 1)
-    if op.type == "Einsum" and len(op.inputs) == 2:
-        left, right = (_elements(x) for x in op.inputs)
-        # Every index is in two of the three: the product of their sizes is that of all, squared.
-        return 2.0 * math.sqrt(left * right * _elements(op.outputs[0]))
-    if op.type in ("Conv2D", "Conv3D", "DepthwiseConv2dNative"):
-        kernel = op.inputs[1].shape
-        per_output = math.prod(length or 1 for length in kernel[:-1])
-        return 2.0 * _elements(op.outputs[0]) * per_output
-    if op.type in ("PartitionedCall", "StatefulPartitionedCall", "While", "StatelessWhile"):
-        return _operations_of_function(op)
-    return 0.0
-
-
-def _operations_of_function(op: tf.Operation) -> float:
-    """Those of the function that an op calls; of one turn, where it is a loop's body."""
-    attribute = "body" if "While" in op.type else "f"
-    graph = _internal.graph_of_function(op.graph, op.get_attr(attribute).name)
-    return sum(
-        _operations(inner) + _PER_ELEMENT * sum(map(_elements, inner.outputs))
-        for inner in graph.get_operations()
-    )

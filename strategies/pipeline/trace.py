@@ -1,6 +1,5 @@
 """The trace of a step of a model on one microbatch, of which the parts of a pipeline are cut."""
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -11,6 +10,7 @@ import tensorflow as tf
 from llmos_tf.blocks import NotABlock
 from llmos_tf.program import ReplicaProgram
 from llmos_tf.sharding import SeedVariable
+from llmos_tf.strategies.repeated_blocks import is_stack
 
 # Ops of which the length of the result depends on values; `tf.boolean_mask` has the first.
 _SELECTING = ("Where", "Unique", "UniqueV2", "DynamicPartition")
@@ -204,7 +204,7 @@ class ModelTrace:
         """
         if self._in_unit or tf.compat.v1.get_default_graph() is not self.graph:
             yield
-        elif isinstance(layer, keras.Model) or _is_stack(layer):
+        elif isinstance(layer, keras.Model) or is_stack(layer):
             begin, before = self.graph.version, len(self.units)
             self._models.append(layer.name)
             yield
@@ -227,22 +227,6 @@ class ModelTrace:
         models = tuple(self._models)
         weights = tuple(getattr(v, "_value", v) for v in layer.variables)
         self.units.append(Unit(layer.name, models, begin, weights))
-
-
-def _is_stack(layer: keras.layers.Layer) -> bool:
-    """Whether a layer is mostly blocks of one kind, as an encoder that is no model is."""
-    parts = [part for part in layer._layers if part.weights]
-    by_class: dict[type, list[Any]] = {}
-    for part in parts:
-        if any(inner.weights for inner in part._layers):
-            by_class.setdefault(type(part), []).append(part)
-    largest = max(by_class.values(), key=_num_elements, default=[])
-    # Not half: of a decoder's block that much is attention, to itself and to an encoder.
-    return len(largest) > 1 and _num_elements(largest) > 0.75 * _num_elements([layer])
-
-
-def _num_elements(layers: list[Any]) -> int:
-    return sum(math.prod(weight.shape) for layer in layers for weight in layer.weights)
 
 
 def trace_program(

@@ -35,6 +35,7 @@ NAMES = {
     "preset",
     "prompt",
     "ratio",
+    "rematerialise",
     "resume",
     "rounds",
     "run",
@@ -100,6 +101,7 @@ def test_defaults_are_a_run():
         ({"schedule": "zb-h2"}, "zb-h1, zb-v. Received: 'zb-h2'"),
         ({"schedule": "zb-v"}, "--schedule=zb-v is for the axis pipe, which has size 1"),
         ({"num_chunks": 2}, "--num_chunks=2 is for the axis pipe"),
+        ({"rematerialise": "blocks"}, "--rematerialise is one of none, full, block, selective, or"),
         ({"context_method": "rings"}, "ring, ulysses. Received: 'rings'"),
         ({"context_method": "ulysses"}, "--context_method=ulysses is for the axis context"),
         ({"mesh": "pipe=2", "schedule": "interleaved"}, "Received: num_chunks=1"),
@@ -133,6 +135,7 @@ def test_options_reach_the_strategy(monkeypatch):
         num_chunks=2,
         context_method="ulysses",
         gradient_compression="int8",
+        rematerialise="5000",
         virtual_devices=8,
     )
     mesh, values = setup_run.make_strategy(given)
@@ -145,6 +148,7 @@ def test_options_reach_the_strategy(monkeypatch):
         "num_chunks": 2,
         "context_method": "ulysses",
         "gradient_compression": "int8",
+        "rematerialise": 5000,
     }
 
 
