@@ -87,22 +87,29 @@ def fused_update(original: Callable) -> Callable:
     return update
 
 
-def decay_weights(optimizer: Any, variables: Sequence[ShardedVariable]) -> None:
+def decay_weights(
+    optimizer: Any, gradients: Sequence[Any], variables: Sequence[ShardedVariable]
+) -> None:
     """Decays weights as Keras's optimizers do before an update: θ ← θ - η λ θ.
 
     Args:
         optimizer: a Keras optimizer.
+        gradients: of the variables.
         variables: what it is about to update.
     """
     if optimizer.weight_decay is None:
         return
     factors: dict[tf.DType, tf.Tensor] = {}
-    for variable in filter(optimizer._use_weight_decay, variables):
+    for gradient, variable in zip(gradients, variables, strict=True):
+        if not optimizer._use_weight_decay(variable):
+            continue
         dtype = variable.dtype
         if dtype not in factors:
             rate = tf.cast(optimizer.learning_rate, dtype)
             factors[dtype] = rate * tf.cast(optimizer.weight_decay, dtype)
-        variable.assign_sub(variable.read() * factors[dtype])
+        # Not before: a copy of all weights would be there through the whole step.
+        with tf.control_dependencies([gradient]):
+            variable.assign_sub(variable.read() * factors[dtype])
 
 
 # --- in place, by TensorFlow's kernels -----------------------------------------------------------
@@ -214,7 +221,9 @@ def _update_groups(optimizer: Any, grads_and_vars: Sequence[Any], learning_rate:
         states += groups_of_slots
     for group, variables in zip(groups, flat, strict=True):
         gradient = tf.concat([tf.reshape(grads_and_vars[i][0], [-1]) for i in group], 0)
-        stand_in.update_step(gradient, variables, learning_rate)
+        # What is read before that would be there, as a copy, through the whole step.
+        with tf.control_dependencies([gradient]):
+            stand_in.update_step(gradient, variables, learning_rate)
     for group in (*flat, *states):
         group.store()
 
