@@ -90,7 +90,6 @@ def estimate(
         schedule=pipeline,
         optimizer_slots=slots,
         optimizer_scalars=scalars,
-        decays=bool(optimizer.weight_decay),
         compute_bytes=_POLICIES[dtype_policy],
         bucket_bytes=bucket_bytes,
         remat=remat,
