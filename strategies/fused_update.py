@@ -219,13 +219,17 @@ def _update_groups(optimizer: Any, grads_and_vars: Sequence[Any], learning_rate:
         ]
         stand_in.__dict__[name] = groups_of_slots
         states += groups_of_slots
-    for group, variables in zip(groups, flat, strict=True):
-        gradient = tf.concat([tf.reshape(grads_and_vars[i][0], [-1]) for i in group], 0)
+    # One after another: copies of all groups at once would be several of all weights.
+    previous: list[tf.Tensor] = []
+    for k, (group, variables) in enumerate(zip(groups, flat, strict=True)):
+        gradients = [grads_and_vars[i][0] for i in group]
+        with tf.control_dependencies([*previous, *gradients]):
+            gradient = tf.concat([tf.reshape(g, [-1]) for g in gradients], 0)
         # What is read before that would be there, as a copy, through the whole step.
         with tf.control_dependencies([gradient]):
             stand_in.update_step(gradient, variables, learning_rate)
-    for group in (*flat, *states):
-        group.store()
+        changed = [variables, *(state for state in states if state.index == k)]
+        previous = [value for of_group in changed for value in of_group.store()]
 
 
 def _groups(variables: Sequence[ShardedVariable]) -> list[list[int]]:
@@ -304,10 +308,15 @@ class _Flat:
     __truediv__, __rtruediv__ = _operator("__truediv__"), _operator("__rtruediv__")
     __pow__, __neg__ = _operator("__pow__"), _operator("__neg__")
 
-    def store(self) -> None:
-        """Gives the variables their parts of a new value."""
+    def store(self) -> list[tf.Tensor]:
+        """Gives the variables their parts of a new value.
+
+        Returns:
+            The parts; none where the value was not changed.
+        """
         if not self._changed:
-            return
+            return []
         parts = tf.split(self._value, self._lengths)
         for variable, part in zip(self._variables, parts, strict=True):
             variable.assign(tf.reshape(part, variable.shape))
+        return parts

@@ -146,6 +146,8 @@ class _Run:
         self._first_value: dict[int, int] = {}
         # The block of each variable's value, by the number of its handle.
         self._stored: dict[int, int] = {}
+        # Of blocks that are variables' values, which are counted by themselves, the handles.
+        self._outside: dict[int, int] = {}
         self._variable_sizes = _variable_sizes(program, order)
         self._live = 0
         self.moment = Moment(0, "", {}, 0)
@@ -205,9 +207,9 @@ class _Run:
 
     def _stored_block(self, handle: int) -> int:
         if handle not in self._stored:
-            # Variables are counted by themselves, as what exists before the program and after it.
-            self._stored[handle] = self._new(-1, 0)
-            self._users[self._stored[handle]] += 1
+            block = self._new(-1, 0)
+            self._users[block] += 1
+            self._stored[handle], self._outside[block] = block, handle
         return self._stored[handle]
 
     def _new(self, value: int, size: int) -> int:
@@ -227,8 +229,16 @@ class _Run:
             return
         self._users[block] -= 1
         if not self._users[block]:
-            self._live -= self._block_sizes[block]
-            self._block_sizes[block] = 0
+            self._drop(block)
+            handle = self._outside.pop(block, None)
+            if handle is not None:
+                # The variable is the value that was stored since.
+                self._drop(self._stored[handle])
+                self._outside[self._stored[handle]] = handle
+
+    def _drop(self, block: int) -> None:
+        self._live -= self._block_sizes[block]
+        self._block_sizes[block] = 0
 
     def _look(self, work: Work) -> None:
         inside = 0

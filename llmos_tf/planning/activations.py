@@ -32,6 +32,9 @@ from llmos_tf.config import GPTConfig, MixtralConfig, ModelConfig
 WIDE = 4
 # Positions from which on attention goes by blocks, and keeps no scores.
 _BLOCKWISE = 1024
+# Then queries go by so many pieces, and keys by blocks of so many at most.
+_PIECES = 4
+_BLOCK = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +139,38 @@ def of_scores(config: ModelConfig, tokens: Tokens) -> float:
     return tokens.in_region * tokens.positions * config.num_heads / tokens.tensor * WIDE
 
 
+def in_gradient_of_attention(config: ModelConfig, tokens: Tokens) -> float:
+    """Bytes that attention's gradient takes beside what was kept, but for some of the stream.
+
+    Of a matrix of scores the gradient of the softmax and its product with it. By blocks, of each
+    quarter of the queries the scores of the keys that it sees, before and after they are hidden,
+    and the last quarter's gradient; more than a block of keys go one after the other. In a ring so
+    the three products of halves, and the keys that travel.
+
+    Args:
+        config: of the model.
+        tokens: of the device.
+
+    Returns:
+        Bytes.
+    """
+    if of_scores(config, tokens):
+        return 2 * of_scores(config, tokens)
+    per_key = tokens.in_region * config.num_heads / tokens.tensor * WIDE
+    if tokens.context > 1 and tokens.context_method == "ring":
+        moving = 4 * of_key_value(config, tokens)
+        return 1.5 * per_key * min(tokens.positions, 2 * _BLOCK) + moving
+    pieces = _keys_of_pieces(tokens)
+    at_once = 2 * sum(keys for keys in pieces if keys <= _BLOCK)
+    return per_key / _PIECES * (at_once + min(pieces[-1], _BLOCK))
+
+
+def _keys_of_pieces(tokens: Tokens) -> list[float]:
+    """How many keys each quarter of the queries sees, where a rank has all positions."""
+    positions = tokens.positions * tokens.context
+    return [positions * (i + 1) / _PIECES for i in range(_PIECES)]
+
+
 def of_stream(config: ModelConfig, tokens: Tokens) -> float:
     """Bytes of the residual stream: n'Dc.
 
@@ -226,11 +261,27 @@ def _of_attention(config: ModelConfig, tokens: Tokens) -> float:
     kept = 2 * query + of_key_value(config, tokens) + of_stream(config, tokens)
     scores = of_scores(config, tokens)
     if not scores:
-        return kept + query
+        # The results by head, in w for the gradient, and a number for each query.
+        results = query / c * WIDE * (1 + 1 / config.head_dim)
+        return kept + _sent_and_seen(config, tokens) + results
     # Dropout keeps its mask, in bytes, and its result, which then is what is multiplied.
     narrow = c + 1 if config.dropout else c if c != WIDE else 0
     mask = tokens.positions * tokens.positions
     return kept + scores * (1 + narrow / WIDE) + mask
+
+
+def _sent_and_seen(config: ModelConfig, tokens: Tokens) -> float:
+    """Of keys and values those that are sent beyond a rank's own; or of masks that are whole."""
+    if tokens.context == 1:
+        seen = sum(min(keys, _BLOCK) for keys in _keys_of_pieces(tokens))
+        return seen * tokens.positions / _PIECES if tokens.positions <= _BLOCK else 0.0
+    if tokens.context_method == "ring":
+        return 0.0
+    # Ulysses repeats heads of keys and values as far as each rank gets one.
+    key_value = of_key_value(config, tokens)
+    one = 2 * tokens.in_region * config.head_dim * tokens.compute_bytes
+    heads = round(key_value / one)
+    return key_value * (tokens.context // math.gcd(heads, tokens.context) - 1)
 
 
 def of_feed_forward(config: ModelConfig, tokens: Tokens) -> float:

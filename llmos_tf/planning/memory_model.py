@@ -12,7 +12,7 @@ step the fullest moment is one of four, since between them memory grows or shrin
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from llmos_tf.config import MixtralConfig, ModelConfig
+from llmos_tf.config import GPTConfig, MixtralConfig, ModelConfig
 from llmos_tf.mesh import Mesh
 from llmos_tf.planning import activations
 from llmos_tf.planning.activations import WIDE, Tokens
@@ -22,6 +22,8 @@ from llmos_tf.strategies.schedules import Schedule
 
 KINDS = ("parameters", "gradients", "optimizer", "activations", "communication", "other")
 BUCKET_BYTES = 32 * 2**20
+# As in `strategies.fused_update`.
+GROUP_BYTES = 4 * 2**20
 REMAT = ("none", "block")
 
 
@@ -40,6 +42,10 @@ class Plan:
         schedule: of the pipeline, or None.
         optimizer_slots: how many numbers the optimizer keeps for each weight.
         optimizer_scalars: bytes that it keeps beside them.
+        update: "kernels" where TensorFlow's update weights in place, "groups" where they are laid
+            end to end in groups, "keras" where Keras's ops do it by themselves, as without a
+            strategy.
+        decays: whether the optimizer decays weights.
         compute_bytes: size of a number that is computed with, 4 or 2.
         bucket_bytes: of gradients that are reduced together.
         remat: "none", or "block" where each block is computed again in the backward pass.
@@ -58,6 +64,8 @@ class Plan:
     schedule: Schedule | None = None
     optimizer_slots: int = 2
     optimizer_scalars: int = 12
+    update: str = "kernels"
+    decays: bool = False
     compute_bytes: int = WIDE
     bucket_bytes: int = BUCKET_BYTES
     remat: str = "none"
@@ -144,7 +152,7 @@ class _Stage:
         whole = {
             "parameters": WIDE * total(self._weights, lambda w: w.part_elements(self._mesh)),
             "optimizer": slots + plan.optimizer_scalars,
-            "other": self._copies() + within.get("other", 0),
+            "other": self._copies() + within.get("other", 0.0),
         }
         return {kind: round(whole.get(kind, within.get(kind, 0))) for kind in KINDS}
 
@@ -153,10 +161,12 @@ class _Stage:
     def _moments(self, stage: int) -> list[dict[str, float]]:
         if self._plan.schedule is not None:
             return self._in_pipeline(stage)
-        ends = [*self._turn(), *self._buckets()]
-        if self._plan.remat == "block":
-            return [*ends, *self._recomputed()]
-        return [*ends, *self._last_block()]
+        rest = self._recomputed() if self._plan.remat == "block" else self._last_block()
+        passes = [*self._turn(), *rest]
+        if self._plan.update == "keras" and self._plan.decays:
+            # Weights decay at the beginning, into copies: the passes still read them.
+            passes = [{**m, "other": WIDE * self._updated_elements()} for m in passes]
+        return [*passes, *self._buckets(), *self._update()]
 
     def _turn(self) -> list[dict[str, float]]:
         """With the logits and their slope; and with the slope and the last product's gradients."""
@@ -166,9 +176,12 @@ class _Stage:
             activations.of_stream(config, tokens),
         )
         kept = self._kept() + activations.of_head(config, tokens)
+        # In 16 bits the gradient of whole logits is there before they are gone.
+        narrow = 0.0 if tokens.compute_bytes == WIDE else tokens.compute_bytes / WIDE * logits
+        cast = narrow if tokens.tensor == 1 else 0.0
         sent = self._gathered()
         return [
-            {"activations": kept + logits, "communication": sent},
+            {"activations": kept + logits + cast, "communication": sent},
             {
                 "activations": kept + stream,
                 "gradients": self._table_gradient(),
@@ -181,13 +194,16 @@ class _Stage:
         stream = activations.of_stream(config, tokens)
         own = [w for w in self._weights if w.units[-1] in (LAST, config.num_layers - 1)]
         kernels = ("down/kernel", "experts/down")
+        # A gate's two gradients are laid together.
+        is_gpt = isinstance(config, GPTConfig)
         moments = []
         for temporary, names in (
-            (stream + activations.of_hidden(config, tokens), kernels),
+            (stream + (1 if is_gpt else 2) * activations.of_hidden(config, tokens), kernels),
             (
-                4 * stream
-                + 2 * activations.of_scores(config, tokens)
-                - activations.of_feed_forward(config, tokens),
+                # What the other half kept is gone, with its norm's result.
+                activations.in_gradient_of_attention(config, tokens)
+                - activations.of_feed_forward(config, tokens)
+                - stream,
                 (*kernels, "up/kernel", "experts/up", "output/kernel"),
             ),
         ):
@@ -220,9 +236,11 @@ class _Stage:
     def _buckets(self) -> list[dict[str, float]]:
         """When a bucket of gradients is full, and they are laid together."""
         plan, mesh = self._plan, self._mesh
-        if mesh.batch_ways == 1:
-            return [{"gradients": self._gradient_bytes()}]
         if mesh.axis_size("fsdp") > 1:
+            # The largest gradient, cut into what each rank gets, and these in a row.
+            largest = WIDE * max(w.slice_elements(mesh) for w in self._weights)
+            return [{"gradients": 2 * largest, "communication": self._gathered()}]
+        if mesh.batch_ways == 1:
             return []
         scatters = plan.zero_stage in (1, 2)
         # All gradients and the bucket, or the bucket, its rows for each rank, and these in a row.
@@ -247,6 +265,26 @@ class _Stage:
                 bucket = 0.0
         return moments
 
+    def _update(self) -> list[dict[str, float]]:
+        """When the optimizer is at work."""
+        plan, updated = self._plan, WIDE * self._updated_elements()
+        if plan.update == "keras":
+            # What is added to each moment is computed when its gradient is there, for all at once.
+            return [{"gradients": 2 * updated}]
+        if plan.update == "groups" or plan.zero_stage in (1, 2):
+            # Of one group after another weights and moments, the gradients, and what they change;
+            # or all that has been decayed.
+            group = min(GROUP_BYTES, updated)
+            decayed = updated if plan.decays else 0
+            return [
+                {
+                    "gradients": updated + (1 if decayed else 2) * group,
+                    "other": (1 + plan.optimizer_slots) * group + decayed,
+                }
+            ]
+        # Each weight when its gradient is there; that of a table in two parts, which are summed.
+        return [{"gradients": 2 * WIDE * max(w.part_elements(self._mesh) for w in self._weights)}]
+
     def _in_pipeline(self, stage: int) -> list[dict[str, float]]:
         """While the backward pass of a microbatch holds all that it was given.
 
@@ -264,7 +302,7 @@ class _Stage:
             config, plan.tokens
         )
         # The gradient of the values, by head and in order, beside two of the scores.
-        scores = 2 * activations.of_scores(config, plan.tokens)
+        scores = activations.in_gradient_of_attention(config, plan.tokens)
         scores += activations.of_key_value(config, plan.tokens)
         sums = self._gradient_bytes()
         # The sum of what both ends of the model have of a common table.
@@ -277,7 +315,9 @@ class _Stage:
             (0, sums),
         ]
         if LAST in self._units:
-            made.append((activations.of_logits(config, plan.tokens), self._table_gradient()))
+            narrow = 0 if plan.compute_bytes == WIDE else plan.compute_bytes / WIDE
+            logits = activations.of_logits(config, plan.tokens) * (1 + narrow)
+            made.append((logits, self._table_gradient()))
         return [
             {"activations": kept + more, "gradients": sums + gradients, "communication": sent}
             for more, gradients in made
