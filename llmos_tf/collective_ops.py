@@ -206,7 +206,9 @@ class Group:
         flat = _one_length(x)
         key = self._instance_key(flat)
         sent = edge.send(flat, key)
-        received = edge.receive(x.dtype, tf.shape(flat), key)
+        # No room is made for what comes before there is something to send.
+        with tf.control_dependencies([flat]):
+            received = edge.receive(x.dtype, tf.shape(flat), key)
         # Or nothing would be sent.
         with tf.control_dependencies([sent]):
             return _unfold(tf.identity(received), x)

@@ -87,22 +87,29 @@ def fused_update(original: Callable) -> Callable:
     return update
 
 
-def decay_weights(optimizer: Any, variables: Sequence[ShardedVariable]) -> None:
+def decay_weights(
+    optimizer: Any, gradients: Sequence[Any], variables: Sequence[ShardedVariable]
+) -> None:
     """Decays weights as Keras's optimizers do before an update: θ ← θ - η λ θ.
 
     Args:
         optimizer: a Keras optimizer.
+        gradients: of the variables.
         variables: what it is about to update.
     """
     if optimizer.weight_decay is None:
         return
     factors: dict[tf.DType, tf.Tensor] = {}
-    for variable in filter(optimizer._use_weight_decay, variables):
+    for gradient, variable in zip(gradients, variables, strict=True):
+        if not optimizer._use_weight_decay(variable):
+            continue
         dtype = variable.dtype
         if dtype not in factors:
             rate = tf.cast(optimizer.learning_rate, dtype)
             factors[dtype] = rate * tf.cast(optimizer.weight_decay, dtype)
-        variable.assign_sub(variable.read() * factors[dtype])
+        # Not before: a copy of all weights would be there through the whole step.
+        with tf.control_dependencies([gradient]):
+            variable.assign_sub(variable.read() * factors[dtype])
 
 
 # --- in place, by TensorFlow's kernels -----------------------------------------------------------
@@ -212,11 +219,17 @@ def _update_groups(optimizer: Any, grads_and_vars: Sequence[Any], learning_rate:
         ]
         stand_in.__dict__[name] = groups_of_slots
         states += groups_of_slots
-    for group, variables in zip(groups, flat, strict=True):
-        gradient = tf.concat([tf.reshape(grads_and_vars[i][0], [-1]) for i in group], 0)
-        stand_in.update_step(gradient, variables, learning_rate)
-    for group in (*flat, *states):
-        group.store()
+    # One after another: copies of all groups at once would be several of all weights.
+    previous: list[tf.Tensor] = []
+    for k, (group, variables) in enumerate(zip(groups, flat, strict=True)):
+        gradients = [grads_and_vars[i][0] for i in group]
+        with tf.control_dependencies([*previous, *gradients]):
+            gradient = tf.concat([tf.reshape(g, [-1]) for g in gradients], 0)
+        # What is read before that would be there, as a copy, through the whole step.
+        with tf.control_dependencies([gradient]):
+            stand_in.update_step(gradient, variables, learning_rate)
+        changed = [variables, *(state for state in states if state.index == k)]
+        previous = [value for of_group in changed for value in of_group.store()]
 
 
 def _groups(variables: Sequence[ShardedVariable]) -> list[list[int]]:
@@ -295,10 +308,15 @@ class _Flat:
     __truediv__, __rtruediv__ = _operator("__truediv__"), _operator("__rtruediv__")
     __pow__, __neg__ = _operator("__pow__"), _operator("__neg__")
 
-    def store(self) -> None:
-        """Gives the variables their parts of a new value."""
+    def store(self) -> list[tf.Tensor]:
+        """Gives the variables their parts of a new value.
+
+        Returns:
+            The parts; none where the value was not changed.
+        """
         if not self._changed:
-            return
+            return []
         parts = tf.split(self._value, self._lengths)
         for variable, part in zip(self._variables, parts, strict=True):
             variable.assign(tf.reshape(part, variable.shape))
+        return parts

@@ -156,7 +156,7 @@ def _update(program: ReplicaProgram, optimizer: Any, gradients, variables) -> No
         ]
     with program.having(in_update=True, update_parts=parts):
         if is_known(optimizer):
-            decay_weights(optimizer, stored)
+            decay_weights(optimizer, gradients, stored)
         else:
             optimizer._apply_weight_decay(variables)
         if any(isinstance(gradient, tf.IndexedSlices) for gradient in gradients):

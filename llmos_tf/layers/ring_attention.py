@@ -203,9 +203,11 @@ class _Ring:
         upstreams = _Pair(
             *itertools.starmap(Upstream, zip(*(tf.split(x, 2, 2) for x in upstream), strict=True))
         )
-        dq = _Pair(*(tf.zeros_like(x, upstream.lse.dtype) for x in queries))
         travelling = (tf.stack([k, v]), self._segments)
-        d_travelling = tf.zeros_like(travelling[0], upstream.lse.dtype)
+        # Those of all layers would be there from the beginning of a step.
+        with tf.control_dependencies([upstream.do]):
+            dq = _Pair(*(tf.zeros_like(x, upstream.lse.dtype) for x in queries))
+            d_travelling = tf.zeros_like(travelling[0], upstream.lse.dtype)
         for step in range(self._size):
             here, travelling = travelling, self._sent_on(travelling, step, dq)
             dkv = _Pair.of(d_travelling, dim=3)

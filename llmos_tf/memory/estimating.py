@@ -39,7 +39,7 @@ def estimate(
 
     Args:
         config: a `GPTConfig`, `LlamaConfig` or `MixtralConfig`.
-        mesh: the mesh, whose devices need not exist; None for one device.
+        mesh: the mesh, whose devices need not exist; None for one device without a strategy.
         global_batch: rows of a step.
         seq_len: positions of a row; None for as many as the model takes.
         zero_stage: as for `MeshStrategy`.
@@ -68,6 +68,7 @@ def estimate(
         >>> row["parameters"], row["optimizer"]
         (3369207808, 6738415628)
     """  # noqa: DOC502
+    without_strategy = mesh is None
     mesh = Mesh() if mesh is None else mesh
     if dtype_policy not in _POLICIES:
         raise ValueError(
@@ -90,6 +91,7 @@ def estimate(
         schedule=pipeline,
         optimizer_slots=slots,
         optimizer_scalars=scalars,
+        update=_update_of(optimizer, without_strategy),
         decays=bool(optimizer.weight_decay),
         compute_bytes=_POLICIES[dtype_policy],
         bucket_bytes=bucket_bytes,
@@ -101,6 +103,18 @@ def estimate(
         {"device": name, **by_stage[mesh.coordinate(rank)["pipe"]]}
         for rank, name in enumerate(names)
     ]
+
+
+def _update_of(optimizer: keras.Optimizer, without_strategy: bool) -> str:
+    """How a step updates weights: see `Plan.update`."""
+    if without_strategy:
+        return "keras"
+    in_place = type(optimizer) in (
+        keras.optimizers.SGD,
+        keras.optimizers.Adam,
+        keras.optimizers.AdamW,
+    )
+    return "kernels" if in_place else "groups"
 
 
 def _state_of(optimizer: keras.Optimizer) -> tuple[int, int]:

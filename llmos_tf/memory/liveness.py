@@ -4,7 +4,8 @@ The program's ops are gone through in the order in which the executor takes them
 memory when its op runs, and gives it back after the last op that uses it. Two take no memory: an
 output that is its input in another shape, and one that TensorFlow writes over an input of the
 same size that nobody else needs. A variable that is assigned while an earlier value of it is still
-to be used has two.
+to be used has two. Of a function that XLA compiles, what is computed element by element is part of
+a loop and is never laid down.
 """
 
 from collections import Counter
@@ -68,8 +69,28 @@ OVERWRITES = frozenset(
         "ZerosLike",
     ]
 )
+# Ops that XLA makes part of the loop of what uses them.
+_FUSED = OVERWRITES | {
+    "BroadcastTo",
+    "ClipByValue",
+    "Equal",
+    "Fill",
+    "Greater",
+    "GreaterEqual",
+    "Less",
+    "LessEqual",
+    "LogicalAnd",
+    "LogicalNot",
+    "LogicalOr",
+    "NotEqual",
+    "OneHot",
+    "Range",
+    "Select",
+    "SelectV2",
+}
 _ASSIGNS = "AssignVariableOp"
-_CHANGES = ("AssignAddVariableOp", "AssignSubVariableOp")
+# What changes variables where they lie.
+_CHANGES = ("AssignAddVariableOp", "AssignSubVariableOp", "ResourceApply")
 READS = "ReadVariableOp"
 
 
@@ -82,7 +103,6 @@ class Moment:
         at: name of the op that is running.
         held: of each value that is in memory, the bytes.
         inside: bytes that live inside of the op, such as in the body of a loop.
-        inside_kind: number of an output of that op.
     """
 
     total: int
@@ -91,12 +111,15 @@ class Moment:
     inside: int
 
 
-def fullest_moment(program: ProgramOps, inputs_count: bool = False) -> Moment:
+def fullest_moment(
+    program: ProgramOps, inputs_count: bool = False, compiled: bool = False
+) -> Moment:
     """Finds the moment at which a program holds most.
 
     Args:
         program: its ops.
         inputs_count: whether its inputs are its own to give back; else they are the caller's.
+        compiled: whether XLA compiles it.
 
     Returns:
         The moment.
@@ -105,15 +128,15 @@ def fullest_moment(program: ProgramOps, inputs_count: bool = False) -> Moment:
         >>> fullest_moment(ProgramOps(concrete.graph)).total
         8388608
     """
-    return _Run(program, inputs_count).moment
+    return _Run(program, inputs_count, compiled).moment
 
 
 class _Run:
     """Goes through a program. A *block* is a piece of memory; values may share one."""
 
-    def __init__(self, program: ProgramOps, inputs_count: bool):
-        self._sizes = program.sizes
+    def __init__(self, program: ProgramOps, inputs_count: bool, compiled: bool):
         order = program.in_order_of_execution()
+        self._sizes = _sizes_of_compiled(program, order) if compiled else program.sizes
         self._uses = Counter(i for work in order for i in work.inputs)
         self._uses.update(program.outputs)
         self._block_of: dict[int, int] = {}
@@ -123,6 +146,8 @@ class _Run:
         self._first_value: dict[int, int] = {}
         # The block of each variable's value, by the number of its handle.
         self._stored: dict[int, int] = {}
+        # Of blocks that are variables' values, which are counted by themselves, the handles.
+        self._outside: dict[int, int] = {}
         self._variable_sizes = _variable_sizes(program, order)
         self._live = 0
         self.moment = Moment(0, "", {}, 0)
@@ -132,8 +157,11 @@ class _Run:
             self._run(work)
 
     def _run(self, work: Work) -> None:
-        if work.kind in (_ASSIGNS, *_CHANGES):
-            self._write(work)
+        if work.kind == _ASSIGNS:
+            self._store(work.inputs[0], self._block_of[work.inputs[1]])
+        elif work.kind.startswith(_CHANGES):
+            for handle in work.inputs:
+                self._change(handle, work.inputs[-1])
         elif work.kind == READS:
             self._give(work.outputs[0], self._stored_block(work.inputs[0]))
         else:
@@ -165,25 +193,23 @@ class _Run:
                     return block
         return self._new(output, size)
 
-    def _write(self, work: Work) -> None:
-        handle = work.inputs[0]
-        before = self._stored_block(handle)
-        if work.kind == _ASSIGNS:
-            after = self._block_of[work.inputs[1]]
-        elif self._users[before] > 1:
+    def _change(self, handle: int, by: int) -> None:
+        size = self._variable_sizes.get(handle, 0)
+        if size and self._users[self._stored_block(handle)] > 1:
             # Somebody is still to use the value, so that it is not changed where it lies.
-            after = self._new(work.inputs[1], self._variable_sizes.get(handle, 0))
-        else:
-            return
-        self._users[after] += 1
-        self._stored[handle] = after
+            self._store(handle, self._new(by, size))
+
+    def _store(self, handle: int, block: int) -> None:
+        before = self._stored_block(handle)
+        self._users[block] += 1
+        self._stored[handle] = block
         self._leave(before)
 
     def _stored_block(self, handle: int) -> int:
         if handle not in self._stored:
-            # Variables are counted by themselves, as what exists before the program and after it.
-            self._stored[handle] = self._new(-1, 0)
-            self._users[self._stored[handle]] += 1
+            block = self._new(-1, 0)
+            self._users[block] += 1
+            self._stored[handle], self._outside[block] = block, handle
         return self._stored[handle]
 
     def _new(self, value: int, size: int) -> int:
@@ -203,13 +229,22 @@ class _Run:
             return
         self._users[block] -= 1
         if not self._users[block]:
-            self._live -= self._block_sizes[block]
-            self._block_sizes[block] = 0
+            self._drop(block)
+            handle = self._outside.pop(block, None)
+            if handle is not None:
+                # The variable is the value that was stored since.
+                self._drop(self._stored[handle])
+                self._outside[self._stored[handle]] = handle
+
+    def _drop(self, block: int) -> None:
+        self._live -= self._block_sizes[block]
+        self._block_sizes[block] = 0
 
     def _look(self, work: Work) -> None:
         inside = 0
         if work.body is not None:
-            inside = fullest_moment(work.body, inputs_count=work.is_loop).total
+            moment = fullest_moment(work.body, work.is_loop, compiled=not work.is_loop)
+            inside = moment.total
             # What the body returns, and what a loop begins with, is counted here too.
             inside -= sum(self._sizes[i] for i in work.outputs)
             inside = max(0, inside)
@@ -224,3 +259,14 @@ class _Run:
 def _variable_sizes(program: ProgramOps, order: list[Work]) -> dict[int, int]:
     """Bytes of the variables that are read, by the numbers of their handles."""
     return {w.inputs[0]: program.sizes[w.outputs[0]] for w in order if w.kind == READS}
+
+
+def _sizes_of_compiled(program: ProgramOps, order: list[Work]) -> list[int]:
+    """Bytes of each value in a function that XLA compiles."""
+    sizes = list(program.sizes)
+    results = set(program.outputs)
+    for work in order:
+        for i in work.outputs:
+            if work.kind in _FUSED and i not in results:
+                sizes[i] = 0
+    return sizes

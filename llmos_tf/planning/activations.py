@@ -6,23 +6,25 @@ tokens in a region, n' of those in the residual stream: n/t under sequence paral
 c is the size of a number in the compute type, 4 or 2 bytes, and w = 4 bytes what norms, softmax and
 the loss compute with.
 
-Kept of a block, in the manner of arXiv 2205.05198 but for the layers as they are here:
+Kept of a block, in the manner of arXiv 2205.05198 but for the layers as they are here, of which
+norms, GELU and softmax keep only what their gradient is computed from again:
 
 | what | bytes |
 |---|---|
-| norm: x/σ·g, and its result, from which the products' gradients are made | n'D(w + c) |
-| norm in 16 bits: its input in w too | n'Dw |
-| under sequence parallelism in place of the result: it, gathered | nDc - n'Dc |
+| norm: its result, from which the products' gradients are made | n'Dc |
+| under sequence parallelism in place of the result: it, gathered | nDc |
 | q, k, v and the heads' results | nHc(2N + 2K)/t |
 | softmax of the scores, and in 16 bits a copy in 16 bits | n·s·N/t·w, + n·s·N/t·c |
-| residual stream after either half (in w it is the next norm's input) | n'Dc |
-| GELU by tanh: its input h, h², 0.5h, 1 + tanh, the product of these, and tanh | 6nFc/t |
-| gated: both products, σ(x), and the product | 4nFc/t |
+| attention by blocks in their place: the results as they are summed up, by head | nHcN/t |
+| residual stream after either half, which is the next norm's input | n'Dc |
+| GELU: its input and its result | 2nFc/t |
+| gated: both products, silu, and the product | 4nFc/t |
 | gated, forward and backward in one function: x(1-σ(x)) and σ(x)², which need not wait | 2nFc/t |
-| dropout: masks, and attention's weights before it | 2n'D + n·s·N/t(1 + c) |
+| dropout: masks, and the softmax as it was | 2n'D + n·s·N/t(1 + c) |
 | experts, k of them for a token, of balanced load: the same of kn rows, and the rows | + 2knDc |
 """
 
+import math
 from dataclasses import dataclass
 
 from llmos_tf.config import GPTConfig, MixtralConfig, ModelConfig
@@ -30,6 +32,9 @@ from llmos_tf.config import GPTConfig, MixtralConfig, ModelConfig
 WIDE = 4
 # Positions from which on attention goes by blocks, and keeps no scores.
 _BLOCKWISE = 1024
+# Then queries go by so many pieces, and keys by blocks of so many at most.
+_PIECES = 4
+_BLOCK = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,15 +83,17 @@ def of_block(config: ModelConfig, tokens: Tokens) -> float:
         Bytes.
     """
     masks = 2 * tokens.in_stream * config.hidden_size if config.dropout else 0
-    halves = _of_attention(config, tokens) + _of_feed_forward(config, tokens)
+    halves = _of_attention(config, tokens) + of_feed_forward(config, tokens)
     return 2 * _of_norm(config, tokens) + halves + masks
 
 
 def while_recomputed(config: ModelConfig, tokens: Tokens) -> tuple[float, float]:
     """Bytes while a block that was not kept is computed again and differentiated.
 
-    What it has computed is held until it is through: of the hidden layer eight tensors for GELU and
-    six for a gate, of the stream 12 and 14. To them come those of the gradient, in either half.
+    What it has computed is held until it is through: of GELU two tensors and of a gate six, the
+    scores before and after the softmax, and of the stream's width the block's input, two norms, q,
+    also divided, k, v, and what attention gives by head, in order and after the last product. To
+    them come those of the gradient, in either half.
 
     Args:
         config: of the model.
@@ -95,14 +102,73 @@ def while_recomputed(config: ModelConfig, tokens: Tokens) -> tuple[float, float]
     Returns:
         Bytes while its feed-forward half is differentiated, and while its attention is.
     """
-    is_gpt = isinstance(config, GPTConfig)
     hidden, stream = of_hidden(config, tokens), of_stream(config, tokens)
-    heads = tokens.in_region * tokens.positions * config.num_heads / tokens.tensor
-    scores = heads * WIDE if tokens.positions < _BLOCKWISE else 0
-    held = (8 if is_gpt else 6) * hidden + scores
-    streams = 12 if is_gpt else 14
-    in_feed_forward = held + (5 if is_gpt else 6) * hidden + streams * stream
-    return in_feed_forward, held + 3 * scores + (streams + 2) * stream
+    scores = of_scores(config, tokens)
+    held = (2 if isinstance(config, GPTConfig) else 6) * hidden + 2 * scores + 9 * stream
+    in_feed_forward = held + in_gradient_of_hidden(config) * hidden + 2 * stream
+    return in_feed_forward, held + 2 * scores + 4 * stream
+
+
+def in_gradient_of_hidden(config: ModelConfig) -> int:
+    """How many tensors of the hidden layer its gradient takes while what it is made of is held.
+
+    Of GELU the gradients of its result and of its input. Of a gate that of the product, one for
+    either factor and one within silu, and both laid together.
+
+    Args:
+        config: of the model.
+
+    Returns:
+        Their number.
+    """
+    return 2 if isinstance(config, GPTConfig) else 6
+
+
+def of_scores(config: ModelConfig, tokens: Tokens) -> float:
+    """Bytes of attention's scores as softmax computes with them: n·s·N/t·w.
+
+    Args:
+        config: of the model.
+        tokens: of the device.
+
+    Returns:
+        Bytes; 0 where attention goes by blocks, which are small.
+    """
+    if tokens.context > 1 or tokens.positions >= _BLOCKWISE:
+        return 0.0
+    return tokens.in_region * tokens.positions * config.num_heads / tokens.tensor * WIDE
+
+
+def in_gradient_of_attention(config: ModelConfig, tokens: Tokens) -> float:
+    """Bytes that attention's gradient takes beside what was kept, but for some of the stream.
+
+    Of a matrix of scores the gradient of the softmax and its product with it. By blocks, of each
+    quarter of the queries the scores of the keys that it sees, before and after they are hidden,
+    and the last quarter's gradient; more than a block of keys go one after the other. In a ring so
+    the three products of halves, and the keys that travel.
+
+    Args:
+        config: of the model.
+        tokens: of the device.
+
+    Returns:
+        Bytes.
+    """
+    if of_scores(config, tokens):
+        return 2 * of_scores(config, tokens)
+    per_key = tokens.in_region * config.num_heads / tokens.tensor * WIDE
+    if tokens.context > 1 and tokens.context_method == "ring":
+        moving = 4 * of_key_value(config, tokens)
+        return 1.5 * per_key * min(tokens.positions, 2 * _BLOCK) + moving
+    pieces = _keys_of_pieces(tokens)
+    at_once = 2 * sum(keys for keys in pieces if keys <= _BLOCK)
+    return per_key / _PIECES * (at_once + min(pieces[-1], _BLOCK))
+
+
+def _keys_of_pieces(tokens: Tokens) -> list[float]:
+    """How many keys each quarter of the queries sees, where a rank has all positions."""
+    positions = tokens.positions * tokens.context
+    return [positions * (i + 1) / _PIECES for i in range(_PIECES)]
 
 
 def of_stream(config: ModelConfig, tokens: Tokens) -> float:
@@ -135,11 +201,10 @@ def of_hidden(config: ModelConfig, tokens: Tokens) -> float:
 
 
 def of_head(config: ModelConfig, tokens: Tokens) -> float:
-    """Bytes that the last norm, the logits and the loss keep, when the backward pass begins.
+    """Bytes that the last norm and the loss keep: D for each token, and V/t.
 
-    On one rank the gradient of the logits is written over them: nVw, and in 16 bits they are there
-    too. Cut by vocabulary: logits, their distance to the largest, its exponential and the one-hot
-    labels; of which a pipeline's forward pass hands on the exponential alone.
+    Of whole logits the loss keeps its slope, of those cut by vocabulary the logits themselves; in
+    either case both are there for a moment when the backward pass begins.
 
     Args:
         config: of the model.
@@ -148,10 +213,7 @@ def of_head(config: ModelConfig, tokens: Tokens) -> float:
     Returns:
         Bytes.
     """
-    logits = of_logits(config, tokens) / WIDE
-    narrow = 0 if tokens.compute_bytes == WIDE or tokens.tensor > 1 else tokens.compute_bytes
-    copies = 4 * WIDE if tokens.tensor > 1 and not tokens.in_parts else WIDE
-    return _of_norm(config, tokens) + logits * (copies + narrow)
+    return _of_norm(config, tokens) + of_logits(config, tokens)
 
 
 def of_logits(config: ModelConfig, tokens: Tokens) -> float:
@@ -168,47 +230,74 @@ def of_logits(config: ModelConfig, tokens: Tokens) -> float:
 
 
 def _of_norm(config: ModelConfig, tokens: Tokens) -> float:
-    width, c = config.hidden_size, tokens.compute_bytes
+    """Its result, as the products have it. Its input is the residual stream."""
     result = tokens.in_region if tokens.sequence_parallel else tokens.in_stream
-    # The input: the residual stream, or a wide copy of it.
-    wide = 0 if c == WIDE else WIDE * tokens.in_stream
-    if isinstance(config, GPTConfig):
-        return width * (WIDE * tokens.in_stream + c * result + wide)
-    return width * (c * tokens.in_stream + c * result + wide)
+    return config.hidden_size * tokens.compute_bytes * result
+
+
+def of_key_value(config: ModelConfig, tokens: Tokens) -> float:
+    """Bytes of the keys and values of a rank's own positions, 2nKHc/t.
+
+    Args:
+        config: of the model.
+        tokens: of the device.
+
+    Returns:
+        Bytes; of key-value heads that t does not divide those that the rank's queries use.
+    """
+    heads, t = config.num_heads, tokens.tensor
+    kv_heads = getattr(config, "num_kv_heads", heads)
+    mine = (
+        kv_heads // t
+        if kv_heads % t == 0
+        else heads // t // math.gcd(heads // t, heads // kv_heads)
+    )
+    return 2 * tokens.in_region * mine * config.head_dim * tokens.compute_bytes
 
 
 def _of_attention(config: ModelConfig, tokens: Tokens) -> float:
-    n, c, t = tokens.in_region, tokens.compute_bytes, tokens.tensor
-    heads = config.num_heads / t
-    kv = getattr(config, "num_kv_heads", config.num_heads)
-    kv_heads = kv / t if kv % t == 0 else heads
-    query, key_value = n * heads * config.head_dim * c, 2 * n * kv_heads * config.head_dim * c
-    kept = 2 * query + key_value + _residual(config, tokens)
-    if tokens.context > 1:
-        if tokens.context_method == "ring":
-            # The others' keys and values, which come again for the backward pass, before it begins.
-            # Queries in halves, results, and the sums that attention begins with.
-            return kept + (tokens.context + 1) * key_value + 4 * query
-        # Keys and values of all positions and some heads, and the sums.
-        return kept + query
-    if tokens.positions >= _BLOCKWISE:
-        return kept + 2 * query
-    narrow = 0 if c == WIDE else c
-    # Dropout keeps its mask, in bytes, and the weights as they were.
-    dropped = c + 1 if config.dropout else 0
+    n, c = tokens.in_region, tokens.compute_bytes
+    query = n * config.num_heads / tokens.tensor * config.head_dim * c
+    kept = 2 * query + of_key_value(config, tokens) + of_stream(config, tokens)
+    scores = of_scores(config, tokens)
+    if not scores:
+        # The results by head, in w for the gradient, and a number for each query.
+        results = query / c * WIDE * (1 + 1 / config.head_dim)
+        return kept + _sent_and_seen(config, tokens) + results
+    # Dropout keeps its mask, in bytes, and its result, which then is what is multiplied.
+    narrow = c + 1 if config.dropout else c if c != WIDE else 0
     mask = tokens.positions * tokens.positions
-    return kept + n * tokens.positions * heads * (WIDE + narrow + dropped) + mask
+    return kept + scores * (1 + narrow / WIDE) + mask
 
 
-def _of_feed_forward(config: ModelConfig, tokens: Tokens) -> float:
+def _sent_and_seen(config: ModelConfig, tokens: Tokens) -> float:
+    """Of keys and values those that are sent beyond a rank's own; or of masks that are whole."""
+    if tokens.context == 1:
+        seen = sum(min(keys, _BLOCK) for keys in _keys_of_pieces(tokens))
+        return seen * tokens.positions / _PIECES if tokens.positions <= _BLOCK else 0.0
+    if tokens.context_method == "ring":
+        return 0.0
+    # Ulysses repeats heads of keys and values as far as each rank gets one.
+    key_value = of_key_value(config, tokens)
+    one = 2 * tokens.in_region * config.head_dim * tokens.compute_bytes
+    heads = round(key_value / one)
+    return key_value * (tokens.context // math.gcd(heads, tokens.context) - 1)
+
+
+def of_feed_forward(config: ModelConfig, tokens: Tokens) -> float:
+    """Bytes that the feed-forward half of a block keeps, without its norm.
+
+    Args:
+        config: of the model.
+        tokens: of the device.
+
+    Returns:
+        Bytes.
+    """
     is_gated = not isinstance(config, GPTConfig)
-    copies = 4 if is_gated and tokens.in_parts else 6
-    kept = copies * of_hidden(config, tokens) + _residual(config, tokens)
+    copies = 2 if not is_gated else 4 if tokens.in_parts else 6
+    kept = copies * of_hidden(config, tokens) + of_stream(config, tokens)
     if isinstance(config, MixtralConfig):
         rows = config.num_experts_per_token * tokens.in_region
         kept += 2 * rows * config.hidden_size * tokens.compute_bytes
     return kept
-
-
-def _residual(config: ModelConfig, tokens: Tokens) -> float:
-    return of_stream(config, tokens) if tokens.compute_bytes == WIDE else 0

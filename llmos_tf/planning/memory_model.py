@@ -1,10 +1,11 @@
 """What a model and a step of it take on each device, by closed formulas. No TensorFlow.
 
 Weights and optimizer state follow ZeRO (arXiv 1910.02054) to the byte, padding included. Within the
-step the fullest moment is one of three, since between them memory grows or shrinks block by block:
+step the fullest moment is one of four, since between them memory grows or shrinks block by block:
 
-- *turn*: the forward pass is through and the backward pass begins: all that is kept, with logits;
-- *last block*: the logits are gone, and the last block's feed-forward half is differentiated;
+- *turn*: the forward pass is through: all that is kept, with logits and the slope of the loss;
+- *head*: the gradients of the last product are made of the slope;
+- *last block*: the logits are gone, and either half of the last block is differentiated;
 - *end*: all gradients are there, and are laid into buckets for their reduction.
 """
 
@@ -21,6 +22,8 @@ from llmos_tf.strategies.schedules import Schedule
 
 KINDS = ("parameters", "gradients", "optimizer", "activations", "communication", "other")
 BUCKET_BYTES = 32 * 2**20
+# As in `strategies.fused_update`.
+GROUP_BYTES = 4 * 2**20
 REMAT = ("none", "block")
 
 
@@ -39,7 +42,10 @@ class Plan:
         schedule: of the pipeline, or None.
         optimizer_slots: how many numbers the optimizer keeps for each weight.
         optimizer_scalars: bytes that it keeps beside them.
-        decays: whether it decays weights before the gradients are there, into copies of them.
+        update: "kernels" where TensorFlow's update weights in place, "groups" where they are laid
+            end to end in groups, "keras" where Keras's ops do it by themselves, as without a
+            strategy.
+        decays: whether the optimizer decays weights.
         compute_bytes: size of a number that is computed with, 4 or 2.
         bucket_bytes: of gradients that are reduced together.
         remat: "none", or "block" where each block is computed again in the backward pass.
@@ -58,6 +64,7 @@ class Plan:
     schedule: Schedule | None = None
     optimizer_slots: int = 2
     optimizer_scalars: int = 12
+    update: str = "kernels"
     decays: bool = False
     compute_bytes: int = WIDE
     bucket_bytes: int = BUCKET_BYTES
@@ -145,7 +152,7 @@ class _Stage:
         whole = {
             "parameters": WIDE * total(self._weights, lambda w: w.part_elements(self._mesh)),
             "optimizer": slots + plan.optimizer_scalars,
-            "other": self._copies() + within.get("other", 0),
+            "other": self._copies() + within.get("other", 0.0),
         }
         return {kind: round(whole.get(kind, within.get(kind, 0))) for kind in KINDS}
 
@@ -154,34 +161,61 @@ class _Stage:
     def _moments(self, stage: int) -> list[dict[str, float]]:
         if self._plan.schedule is not None:
             return self._in_pipeline(stage)
-        if self._plan.remat == "block":
-            return [self._turn(), *self._recomputed(), *self._buckets()]
-        return [self._turn(), self._last_block(), *self._buckets()]
+        rest = self._recomputed() if self._plan.remat == "block" else self._last_block()
+        passes = [*self._turn(), *rest]
+        if self._plan.update == "keras" and self._plan.decays:
+            # Weights decay at the beginning, into copies: the passes still read them.
+            passes = [{**m, "other": WIDE * self._updated_elements()} for m in passes]
+        return [*passes, *self._buckets(), *self._update()]
 
-    def _turn(self) -> dict[str, float]:
+    def _turn(self) -> list[dict[str, float]]:
+        """With the logits and their slope; and with the slope and the last product's gradients."""
+        config, tokens = self._plan.config, self._plan.tokens
+        logits, stream = (
+            activations.of_logits(config, tokens),
+            activations.of_stream(config, tokens),
+        )
+        kept = self._kept() + activations.of_head(config, tokens)
+        # In 16 bits the gradient of whole logits is there before they are gone.
+        narrow = 0.0 if tokens.compute_bytes == WIDE else tokens.compute_bytes / WIDE * logits
+        cast = narrow if tokens.tensor == 1 else 0.0
+        sent = self._gathered()
+        return [
+            {"activations": kept + logits + cast, "communication": sent},
+            {
+                "activations": kept + stream,
+                "gradients": self._table_gradient(),
+                "communication": sent,
+            },
+        ]
+
+    def _last_block(self) -> list[dict[str, float]]:
         config, tokens = self._plan.config, self._plan.tokens
         stream = activations.of_stream(config, tokens)
-        kept = self._kept() + activations.of_head(config, tokens)
-        table = 0.0
-        if tokens.tensor == 1 and tokens.compute_bytes == WIDE:
-            # The gradients of the last product: of its input, and of the table.
-            kept += stream
-            if self._mesh.axis_size("fsdp") == 1:
-                table = WIDE * config.vocab_size * config.hidden_size
-        return {"activations": kept, "gradients": table, "communication": self._gathered()}
-
-    def _last_block(self) -> dict[str, float]:
-        config, tokens = self._plan.config, self._plan.tokens
-        hidden = activations.of_hidden(config, tokens)
         own = [w for w in self._weights if w.units[-1] in (LAST, config.num_layers - 1)]
-        own = [w for w in own if LAST in w.units or w.name in ("down/kernel", "experts/down")]
-        gradients = WIDE * total(own, lambda w: w.slice_elements(self._mesh))
-        kept = self._kept() + activations.of_stream(config, tokens) + hidden
-        return {
-            "activations": kept,
-            "gradients": gradients,
-            "communication": self._gathered(),
-        }
+        kernels = ("down/kernel", "experts/down")
+        # A gate's two gradients are laid together.
+        is_gpt = isinstance(config, GPTConfig)
+        moments = []
+        for temporary, names in (
+            (stream + (1 if is_gpt else 2) * activations.of_hidden(config, tokens), kernels),
+            (
+                # What the other half kept is gone, with its norm's result.
+                activations.in_gradient_of_attention(config, tokens)
+                - activations.of_feed_forward(config, tokens)
+                - stream,
+                (*kernels, "up/kernel", "experts/up", "output/kernel"),
+            ),
+        ):
+            made = [w for w in own if LAST in w.units or w.name in names]
+            moments.append(
+                {
+                    "activations": self._kept() + temporary,
+                    "gradients": WIDE * total(made, lambda w: w.slice_elements(self._mesh)),
+                    "communication": self._gathered(),
+                }
+            )
+        return moments
 
     def _recomputed(self) -> list[dict[str, float]]:
         """While a block is computed again: the last one, or the first one, after all others."""
@@ -202,9 +236,11 @@ class _Stage:
     def _buckets(self) -> list[dict[str, float]]:
         """When a bucket of gradients is full, and they are laid together."""
         plan, mesh = self._plan, self._mesh
-        if mesh.batch_ways == 1:
-            return [{"gradients": self._gradient_bytes()}]
         if mesh.axis_size("fsdp") > 1:
+            # The largest gradient, cut into what each rank gets, and these in a row.
+            largest = WIDE * max(w.slice_elements(mesh) for w in self._weights)
+            return [{"gradients": 2 * largest, "communication": self._gathered()}]
+        if mesh.batch_ways == 1:
             return []
         scatters = plan.zero_stage in (1, 2)
         # All gradients and the bucket, or the bucket, its rows for each rank, and these in a row.
@@ -229,6 +265,26 @@ class _Stage:
                 bucket = 0.0
         return moments
 
+    def _update(self) -> list[dict[str, float]]:
+        """When the optimizer is at work."""
+        plan, updated = self._plan, WIDE * self._updated_elements()
+        if plan.update == "keras":
+            # What is added to each moment is computed when its gradient is there, for all at once.
+            return [{"gradients": 2 * updated}]
+        if plan.update == "groups" or plan.zero_stage in (1, 2):
+            # Of one group after another weights and moments, the gradients, and what they change;
+            # or all that has been decayed.
+            group = min(GROUP_BYTES, updated)
+            decayed = updated if plan.decays else 0
+            return [
+                {
+                    "gradients": updated + (1 if decayed else 2) * group,
+                    "other": (1 + plan.optimizer_slots) * group + decayed,
+                }
+            ]
+        # Each weight when its gradient is there; that of a table in two parts, which are summed.
+        return [{"gradients": 2 * WIDE * max(w.part_elements(self._mesh) for w in self._weights)}]
+
     def _in_pipeline(self, stage: int) -> list[dict[str, float]]:
         """While the backward pass of a microbatch holds all that it was given.
 
@@ -242,38 +298,43 @@ class _Stage:
             kept += activations.of_head(config, plan.tokens)
         # Of messages two wait, and one is in hand; with it two more of its size are computed.
         kept = live * kept + 5 * stream
-        hidden = (5 if isinstance(config, GPTConfig) else 6) * activations.of_hidden(
+        hidden = activations.in_gradient_of_hidden(config) * activations.of_hidden(
             config, plan.tokens
         )
-        made = self._made_before_first_block(("down",))
+        # The gradient of the values, by head and in order, beside two of the scores.
+        scores = activations.in_gradient_of_attention(config, plan.tokens)
+        scores += activations.of_key_value(config, plan.tokens)
         sums = self._gradient_bytes()
         # The sum of what both ends of the model have of a common table.
         tied = [w for w in self._weights if {FIRST, LAST} <= set(w.units)]
         common = WIDE * total(tied, lambda w: w.slice_elements(self._mesh))
         sent = self._gathered() + common
-        moments = [
-            {"activations": kept + hidden, "gradients": sums + made, "communication": sent},
-            {"activations": kept, "gradients": 2 * sums, "communication": sent},
+        made = [
+            (hidden, self._made_before_first_block(("down",))),
+            (scores, self._made_before_first_block(("down", "up", "output/"))),
+            (0, sums),
         ]
         if LAST in self._units:
-            # The gradient of the logits; of those cut by vocabulary, softmax and labels.
-            logits = activations.of_logits(config, plan.tokens)
-            logits *= 2 if plan.size("tensor") > 1 else 1
-            moments.append({"activations": kept + logits, "gradients": sums})
-        return moments
+            narrow = 0 if plan.compute_bytes == WIDE else plan.compute_bytes / WIDE
+            logits = activations.of_logits(config, plan.tokens) * (1 + narrow)
+            made.append((logits, self._table_gradient()))
+        return [
+            {"activations": kept + more, "gradients": sums + gradients, "communication": sent}
+            for more, gradients in made
+        ]
 
     # --- parts of them ----------------------------------------------------------------------------
 
     def _kept(self) -> float:
         """Activations that the stage's blocks keep, and their input."""
         config, tokens = self._plan.config, self._plan.tokens
-        narrow = tokens.compute_bytes != WIDE
-        stream = 0 if narrow else activations.of_stream(config, tokens)
         if self._plan.remat == "block":
             return (self._num_blocks + 1) * activations.of_stream(config, tokens)
         # What comes in; what goes out is kept by who gets it.
         ends = 1 if LAST in self._units else 0
-        return self._num_blocks * activations.of_block(config, tokens) + ends * stream
+        return self._num_blocks * activations.of_block(
+            config, tokens
+        ) + ends * activations.of_stream(config, tokens)
 
     def _made_before_first_block(self, kernels: tuple[str, ...]) -> float:
         """Gradients of all that comes after the stage's first block, and of some of its kernels."""
@@ -287,6 +348,11 @@ class _Stage:
         ]
         return WIDE * total(done, lambda w: w.slice_elements(self._mesh))
 
+    def _table_gradient(self) -> float:
+        """The gradient of the table of the last product."""
+        tables = [w for w in self._weights if LAST in w.units and w.is_kernel]
+        return WIDE * total(tables, lambda w: w.slice_elements(self._mesh))
+
     def _gradient_bytes(self) -> float:
         return WIDE * total(self._weights, lambda w: w.slice_elements(self._mesh))
 
@@ -297,17 +363,10 @@ class _Stage:
         return WIDE * self._kernel_elements()
 
     def _copies(self) -> float:
-        """Weights in 16 bits, of each expert by itself, and those that an optimizer has decayed."""
-        plan, copies = self._plan, 0.0
-        if plan.compute_bytes != WIDE:
-            copies += plan.compute_bytes * self._kernel_elements()
-        experts = [w for w in self._weights if w.name.startswith("experts/")]
-        copies += plan.compute_bytes * total(experts, lambda w: w.slice_elements(self._mesh))
-        cuts = plan.zero_stage in (1, 2) and self._mesh.axis_size("data") > 1
-        # Parts of weights that are stored whole are cut out of them.
-        if cuts or plan.decays:
-            copies += WIDE * self._updated_elements()
-        return copies
+        """Weights in 16 bits."""
+        if self._plan.compute_bytes == WIDE:
+            return 0
+        return self._plan.compute_bytes * self._kernel_elements()
 
     def _kernel_elements(self) -> int:
         used = [w for w in self._weights if w.is_kernel and w.units != (FIRST,)]

@@ -99,6 +99,50 @@ def test_calls_in_an_imported_graph_are_looked_into():
     assert near(2 * FLOATS)(fullest_moment(ops).total)
 
 
+def test_what_xla_compiles_is_one_loop():
+    """Fails if temporaries of a compiled function's elements count, or if a matrix does not."""
+
+    def elements(x):
+        return tf.exp(x) * tf.tanh(x) + tf.sin(x)
+
+    def matrix(x):
+        return tf.reduce_sum(tf.matmul(tf.reshape(x, [-1, 1]), tf.reshape(x, [1, -1])), 0)
+
+    elements, matrix = (
+        tf.function(f, autograph=False, jit_compile=True) for f in (elements, matrix)
+    )
+    # What it is given is not written over.
+    assert near(2 * FLOATS)(peak(lambda x: elements(tf.cumsum(x)), [N]))
+    assert near(N * FLOATS + FLOATS)(peak(lambda x: matrix(x), [N]))
+
+
+def test_rows_that_are_taken_are_no_copies():
+    """Fails if rows count twice, or if columns are taken to lie together."""
+
+    def pieces(take):
+        return lambda x: sum(tf.reduce_sum(y) for y in take(tf.cumsum(x)))
+
+    rows, columns = (lambda x, axis=axis: tf.split(x, 2, axis) for axis in (0, 1))
+    assert near(4 * 640)(peak(pieces(rows), [10, 64]))
+    assert near(2 * 4 * 640)(peak(pieces(columns), [10, 64]))
+    # Only where rows begin at multiples of 64 bytes.
+    assert near(2 * FLOATS)(peak(pieces(rows), [10, N // 10]))
+    assert near(4 * 640)(peak(pieces(tf.unstack), [10, 64]))
+    assert near(4 * 640)(peak(pieces(lambda x: [x[2], x[3:5]]), [10, 64]))
+    assert near(4 * 640 + 80)(peak(pieces(lambda x: [x[:, 2], x[:, 3]]), [10, 64]))
+
+
+def test_a_product_of_unknown_shape():
+    """Fails if it is taken to be as large as one of its factors."""
+
+    def function(x, y):
+        order = tf.cast(x[0, :2], tf.int32)
+        return tf.matmul(y, tf.transpose(x, order))
+
+    # The transpose, and what is made of it.
+    assert near(4 * (2000 + 6000))(peak(function, [200, 10], [30, 10]))
+
+
 def test_a_loop_holds_what_it_carries_and_its_body():
     """Fails if a loop counts as its result alone."""
 
@@ -130,6 +174,15 @@ def test_a_variable_that_is_assigned_while_it_is_used_is_there_twice():
         variable.assign_add(x)
         return tf.reduce_sum(tf.math.cumprod(before))
 
+    def train_while_used(x):
+        before = variable.read_value()
+        tf.raw_ops.ResourceApplyGradientDescent(var=variable.handle, alpha=1.0, delta=x)
+        return tf.reduce_sum(tf.math.cumprod(before))
+
+    def train(x):
+        tf.raw_ops.ResourceApplyGradientDescent(var=variable.handle, alpha=1.0, delta=x)
+        return tf.reduce_sum(variable)
+
     def again_and_again(x):
         for _ in range(5):
             variable.assign(tf.cumsum(variable.read_value()))
@@ -138,8 +191,10 @@ def test_a_variable_that_is_assigned_while_it_is_used_is_there_twice():
     assert near(2 * FLOATS)(peak(late_use, [N]))
     assert peak(no_use, [N]) <= SMALL
     assert near(2 * FLOATS)(peak(change_while_used, [N]))
-    # The value before and the next one, and not all that there were.
-    assert near(2 * FLOATS)(peak(again_and_again, [N]))
+    assert near(2 * FLOATS)(peak(train_while_used, [N]))
+    assert peak(train, [N]) <= SMALL
+    # The next value, and not all that there were. The one before is the variable's own.
+    assert near(FLOATS)(peak(again_and_again, [N]))
 
 
 def test_kinds_follow_from_what_is_done_with_values():
