@@ -163,7 +163,8 @@ class _Stage:
             return self._in_pipeline(stage)
         rest = self._recomputed() if self._plan.remat == "block" else self._last_block()
         passes = [*self._turn(), *rest]
-        if self._plan.update == "keras" and self._plan.decays:
+        wide = self._plan.compute_bytes == WIDE
+        if self._plan.update == "keras" and self._plan.decays and wide:
             # Weights decay at the beginning, into copies: the passes still read them.
             passes = [{**m, "other": WIDE * self._updated_elements()} for m in passes]
         return [*passes, *self._buckets(), *self._update()]

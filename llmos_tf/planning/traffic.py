@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 from llmos_tf.config import MixtralConfig
 from llmos_tf.mesh import BATCH_AXES
-from llmos_tf.planning.model_weights import Weight, weights_of
 from llmos_tf.planning.training_step import TrainingStep
+from llmos_tf.planning.weights import FIRST, LAST, Weight, weights_of
 
 # Whatever is smaller, in bytes, is no row of its own: losses, norms, counts.
 _SMALL = 1024
@@ -119,19 +119,18 @@ def step_traffic(step: TrainingStep, stage: int | None = None) -> list[dict[str,
 
 def _weights(step: TrainingStep, stage: int) -> Iterator[Sent]:
     """Weights that are gathered, and the sums of gradients."""
-    weights = weights_of(step.config, step.mesh)
     is_first, is_last = stage == step.stage_of_part[0], stage == step.stage_of_part[-1]
-    mine = [(weight, step.blocks_on(stage)) for weight in weights.block]
-    mine += [(weight, 1) for weight in weights.embedding if is_first]
-    mine += [(weight, 1) for weight in weights.head if is_last]
-    # A tied table is gathered once, for tokens and logits.
-    mine.append((weights.table, is_first or is_last if weights.is_tied else is_first + is_last))
-    for weight, count in mine:
-        for sent in _weight(step, weight):
-            yield sent._replace(times=sent.times * count)
-    if weights.is_tied and is_first != is_last:
-        # The two stages that hold it add each other's gradient.
-        yield Sent(("pipe",), "send", step.weight_bytes * _part(step, weights.table))
+    # All blocks are alike.
+    times = {FIRST: is_first, LAST: is_last, 0: step.blocks_on(stage)}
+    for weight in weights_of(step.config, step.mesh):
+        # A tied table is gathered once, for tokens and logits.
+        count = max(times.get(unit, 0) for unit in weight.units)
+        if count:
+            for sent in _weight(step, weight):
+                yield sent._replace(times=sent.times * count)
+        if {FIRST, LAST} <= set(weight.units) and is_first != is_last:
+            # The two stages that hold it add each other's gradient.
+            yield Sent(("pipe",), "send", step.weight_bytes * _part(step, weight))
 
 
 def _weight(step: TrainingStep, weight: Weight) -> Iterator[Sent]:
@@ -169,7 +168,7 @@ def _summed(step: TrainingStep, axes: tuple[str, ...], size: int, element: int) 
 
 def _part(step: TrainingStep, weight: Weight) -> int:
     """Elements of a weight that a rank stores."""
-    return -(-weight.slice_elements(step.mesh) // step.size("fsdp"))
+    return weight.part_elements(step.mesh)
 
 
 def _messages(step: TrainingStep, stage: int) -> Iterator[Sent]:

@@ -6,7 +6,7 @@ thousands of devices takes no memory. A test compares them with the models.
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llmos_tf.config import GPTConfig, LlamaConfig, MixtralConfig, ModelConfig
 from llmos_tf.mesh import Mesh
@@ -26,6 +26,9 @@ class Weight:
         units: where it is used: `FIRST` (embeddings), numbers of blocks, `LAST` (last norm and
             logits).
         is_kernel: whether it takes part in a matrix product, whose gradient needs it again.
+        is_in_stream: whether it is used between the tensor-parallel regions, where under sequence
+            parallelism each rank has its own positions.
+        is_shared_by_heads: whether each rank of the tensor axis uses a part of it for its heads.
     """
 
     name: str
@@ -33,6 +36,8 @@ class Weight:
     axes: tuple[str | None, ...]
     units: tuple[str | int, ...]
     is_kernel: bool = False
+    is_in_stream: bool = False
+    is_shared_by_heads: bool = False
 
     def slice_elements(self, mesh: Mesh) -> int:
         """Returns the elements that a rank computes with: those of its slice.
@@ -79,8 +84,8 @@ def weights_of(config: ModelConfig, mesh: Mesh) -> list[Weight]:
     """
     if not isinstance(config, GPTConfig | LlamaConfig | MixtralConfig):
         raise ValueError(
-            "Memory is estimated of a GPTConfig, LlamaConfig or MixtralConfig. "
-            f"Received: {config!r}."
+            "The formulas are those of a GPTConfig, LlamaConfig or MixtralConfig. "
+            f"Received: {type(config).__name__}."
         )
     make = _gpt if isinstance(config, GPTConfig) else _llama
     weights = make(config, mesh)
@@ -129,7 +134,10 @@ def _llama(config: LlamaConfig | MixtralConfig, mesh: Mesh) -> list[Weight]:
         else:
             weights += [
                 _weight("query/kernel", (d, n, h), (None, "tensor", None), i),
-                _weight("key_value/kernel", (d, 2, k, h), (None, None, kv_axis, None), i),
+                replace(
+                    _weight("key_value/kernel", (d, 2, k, h), (None, None, kv_axis, None), i),
+                    is_shared_by_heads=kv_axis is None,
+                ),
             ]
         weights.append(_weight("output/kernel", (n, h, d), ("tensor", None, None), i))
         weights += feed_forward(config, i)
@@ -147,7 +155,7 @@ def _gated(config: LlamaConfig, block: int) -> list[Weight]:
 def _experts(config: MixtralConfig, block: int) -> list[Weight]:
     d, f, e = config.hidden_size, config.feed_forward_size, config.num_experts
     return [
-        _weight("router/kernel", (d, e), (None, None), block),
+        replace(_weight("router/kernel", (d, e), (None, None), block), is_in_stream=True),
         _weight("experts/up", (e, d, 2, f), ("expert", None, None, "tensor"), block),
         _weight("experts/down", (e, f, d), ("expert", "tensor", None), block),
     ]
@@ -161,7 +169,10 @@ def _weight(name: str, shape: tuple, axes: tuple, *units: str | int) -> Weight:
 
 
 def _vector(name: str, shape: tuple, *units: str | int, axes: tuple | None = None) -> Weight:
-    return Weight(name=name, shape=shape, axes=axes or (None,) * len(shape), units=units)
+    whole = (None,) * len(shape)
+    return Weight(
+        name=name, shape=shape, axes=axes or whole, units=units, is_in_stream=axes is None
+    )
 
 
 def _check_divides(weight: Weight, mesh: Mesh) -> None:

@@ -149,8 +149,9 @@ def measure(case):
     layers, mesh, options = MEASURED[case]
     devices.configure_virtual_cpus(Mesh(**mesh).size)
     tokens = np.zeros([8, WIDE["max_positions"]], "int32")
-    # TensorFlow's own: its code, its threads, and the tracing of a program as large as this one.
-    small = GPTConfig(**{**WIDE, "vocab_size": 16, "hidden_size": 24}, **layers)
+    # TensorFlow's own: its code, its threads, and the tracing of a program as large as this one, of
+    # which XLA compiles the same functions.
+    small = GPTConfig(**{**WIDE, "vocab_size": 32, "hidden_size": 36}, **layers)
     make(small, mesh, options)[2](tokens, tokens)
     status = Path("/proc/self/statm").read_text(encoding="ascii")
     before = int(status.split()[1]) * os.sysconf("SC_PAGE_SIZE")
