@@ -116,7 +116,7 @@ __all__ = [
     "could_possibly_record",
     "current_path",
     "eager_context",
-    "function_of_keras_step",
+    "functions_of_keras_step",
     "graph_of_function",
     "in_synced_reads",
     "is_keras_predict_step",
@@ -197,17 +197,16 @@ def model_of_predict_step(fn: Any) -> Any:
     return inspect.getclosurevars(fn).nonlocals["self"]
 
 
-def function_of_keras_step(step_function: Any) -> Any:
-    """Returns the `tf.function` inside a model's `train_function`, or None where it runs eagerly.
+def functions_of_keras_step(step_function: Any) -> list[Any]:
+    """Returns the `tf.function`s inside a model's `train_function`; none where it runs eagerly.
 
-    Keras keeps it in a plain function; for batches that come from no dataset, as those of
-    `train_on_batch`, it has another one, which is returned where only that was called.
+    Keras keeps the one for a dataset in a plain function, and another one in it for batches that
+    come from no dataset, as those of `train_on_batch`.
     """
     found = inspect.getclosurevars(step_function).nonlocals
     wrapped = inspect.getclosurevars(found["one_step_on_data"]).nonlocals["step_func"]
     functions = [found["multi_step_on_iterator"], wrapped]
-    traceable = [f for f in functions if isinstance(f, tf.types.experimental.PolymorphicFunction)]
-    return next((f for f in traceable if traced_functions(f)), None)
+    return [f for f in functions if isinstance(f, tf.types.experimental.PolymorphicFunction)]
 
 
 def traced_functions(function: Any) -> list[Any]:

@@ -217,7 +217,7 @@ def _with_ops(strategy: Any, step: Any, batch: Any, evaluate: bool, left_out: bo
         arguments = batch if isinstance(batch, tuple | list) else (batch,)
         specs = tf.nest.map_structure(_spec, list(arguments))
         return _internal.untraced(step).get_concrete_function(*specs)
-    return _first_trace(step, "Call it once", left_out)
+    return _first_trace(step, left_out)
 
 
 def _traced_model(
@@ -230,22 +230,47 @@ def _traced_model(
             autograph=False,
         )
         return run.get_concrete_function(tf.nest.map_structure(_spec, batch))
+    functions = _step_functions(model, name)
+    traced = next((i for i, f in enumerate(functions) if _internal.traced_functions(f)), None)
+    if traced is None:
+        raise _untraced(f"Call {method} of the model {model.name!r}")
+    trace = _internal.traced_functions(functions[traced])[0]
+    return _again(_new_step_functions(model, name)[traced], trace) if left_out else trace
+
+
+def _step_functions(model: keras.Model, name: str) -> list[Any]:
     steps = getattr(model, f"{name}_function")
-    function = None if steps is None else _internal.function_of_keras_step(steps)
-    return _first_trace(function, f"Call {method} of the model {model.name!r}", left_out)
+    return [] if steps is None else _internal.functions_of_keras_step(steps)
 
 
-def _first_trace(function: Any, what: str, left_out: bool) -> Any:
-    traces = [] if function is None else _internal.traced_functions(function)
+def _new_step_functions(model: keras.Model, name: str) -> list[Any]:
+    """Functions like those of the model, of which none was traced, nor one inside of them."""
+    before = getattr(model, f"{name}_function")
+    try:
+        getattr(model, f"make_{name}_function")(force=True)
+        return _step_functions(model, name)
+    finally:
+        setattr(model, f"{name}_function", before)
+
+
+def _first_trace(function: Any, left_out: bool) -> Any:
+    traces = _internal.traced_functions(function)
     if not traces:
-        raise ValueError(
-            f"The step was not traced yet, so there is nothing to count. {what} first, or give a "
-            "batch=(x, y) for whose shapes it is to be traced."
-        )
-    if not left_out:
-        return traces[0]
-    args, kwargs = traces[0].structured_input_signature
-    return _internal.untraced(function).get_concrete_function(*args, **kwargs)
+        raise _untraced("Call it once")
+    return _again(_internal.untraced(function), traces[0]) if left_out else traces[0]
+
+
+def _again(function: Any, trace: Any) -> Any:
+    """A trace of `function` for the same arguments."""
+    args, kwargs = trace.structured_input_signature
+    return function.get_concrete_function(*args, **kwargs)
+
+
+def _untraced(what: str) -> ValueError:
+    return ValueError(
+        f"The step was not traced yet, so there is nothing to count. {what} first, or give a "
+        "batch=(x, y) for whose shapes it is to be traced."
+    )
 
 
 def _spec(x: Any) -> Any:
