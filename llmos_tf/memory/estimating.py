@@ -109,12 +109,7 @@ def _update_of(optimizer: keras.Optimizer, without_strategy: bool) -> str:
     """How a step updates weights: see `Plan.update`."""
     if without_strategy:
         return "keras"
-    in_place = type(optimizer) in (
-        keras.optimizers.SGD,
-        keras.optimizers.Adam,
-        keras.optimizers.AdamW,
-    )
-    return "kernels" if in_place else "groups"
+    return "kernels" if type(optimizer) is keras.optimizers.SGD else "groups"
 
 
 def _state_of(optimizer: keras.Optimizer) -> tuple[int, int]:
