@@ -123,7 +123,7 @@ def unpacked(flat: tf.Tensor, tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
 
     Args:
         flat: of as many elements.
-        tensors: what was packed, for the shapes.
+        tensors: what was packed, or anything of those shapes.
 
     Returns:
         Tensors of those shapes.

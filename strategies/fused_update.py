@@ -18,6 +18,7 @@ import keras
 import tensorflow as tf
 
 from llmos_tf.sharding import ShardedVariable
+from llmos_tf.strategies.buckets import packed, plan_buckets, unpacked
 
 # What a group reads and writes stays in a processor's cache, and no copy of all weights is made.
 GROUP_BYTES = 4 * 2**20
@@ -79,9 +80,11 @@ def fused_update(original: Callable) -> Callable:
             return
         by_rows = [pair for pair in grads_and_vars if isinstance(pair[0], tf.IndexedSlices)]
         dense = [pair for pair in grads_and_vars if not isinstance(pair[0], tf.IndexedSlices)]
-        kernel = _KERNELS.get(type(optimizer), _no_kernel)(optimizer, learning_rate)
-        rest = [pair for pair in dense if not _in_place(kernel, *pair)]
+        in_place = [pair for pair in dense if _has_kernel(optimizer, pair[1])]
+        for gradient, variable in in_place:
+            _descend(optimizer, gradient, variable, learning_rate)
         original(optimizer, distribution, by_rows, learning_rate)
+        rest = [pair for pair in dense if not _has_kernel(optimizer, pair[1])]
         _update_groups(optimizer, rest, learning_rate)
 
     return update
@@ -114,52 +117,35 @@ def decay_weights(
 
 # --- in place, by TensorFlow's kernels -----------------------------------------------------------
 
-# Updates a variable, whose index in the optimizer is given, by a gradient; False if it cannot.
-_Kernel = Callable[[int, tf.Tensor, ShardedVariable], bool]
 
+def _has_kernel(optimizer: Any, variable: ShardedVariable) -> bool:
+    """Whether all of a rank's component is updated, by SGD, in a dtype that all devices know.
 
-def _in_place(kernel: _Kernel, gradient: tf.Tensor, variable: ShardedVariable) -> bool:
-    return _has_kernel(variable) and kernel(tf.cast(gradient, variable.dtype), variable)
-
-
-def _has_kernel(variable: Any) -> bool:
-    """Whether what is updated is a `tf.Variable` of a dtype that all devices have kernels for."""
+    Adam's kernel is twice as fast as a group, but takes 1 - β2 of a float32 β2, which is off by
+    5e-5 for 0.999: after 200 steps gpt_tiny's losses were off by 5e-3.
+    """
     extra = variable.update_layout.flat[len(variable.layout.flat) :]
-    return not extra and variable.dtype in (tf.float32, tf.float64)
+    is_sgd = type(optimizer) is keras.optimizers.SGD
+    return is_sgd and not extra and variable.dtype in (tf.float32, tf.float64)
 
 
-def _no_kernel(optimizer: Any, learning_rate: Any) -> _Kernel:
-    del optimizer, learning_rate
-    return lambda gradient, variable: False
-
-
-def _gradient_descent(optimizer: keras.optimizers.SGD, learning_rate: Any) -> _Kernel:
-    def update(gradient, variable):
-        rate = tf.cast(learning_rate, variable.dtype)
-        where = variable.component.handle
-        if optimizer.momentum == 0:
-            tf.raw_ops.ResourceApplyGradientDescent(var=where, alpha=rate, delta=gradient)
-            return True
-        tf.raw_ops.ResourceApplyKerasMomentum(
-            var=where,
-            accum=_slot(optimizer, optimizer.momentums, variable),
-            lr=rate,
-            grad=gradient,
-            momentum=tf.cast(optimizer.momentum, variable.dtype),
-            use_nesterov=optimizer.nesterov,
-        )
-        return True
-
-    return update
-
-
-# Adam's kernel is twice as fast as a group, but takes 1 - β2 of a float32 β2, which is off by 5e-5
-# for 0.999: after 200 steps gpt_tiny's losses were off by 5e-3.
-_KERNELS = {keras.optimizers.SGD: _gradient_descent}
-
-
-def _slot(optimizer: Any, slots: Sequence[Any], variable: ShardedVariable) -> tf.Tensor:
-    return slots[optimizer._get_variable_index(variable)].value.component.handle
+def _descend(
+    optimizer: keras.optimizers.SGD, gradient: tf.Tensor, variable: ShardedVariable, rate: Any
+) -> None:
+    dtype, where = variable.dtype, variable.component.handle
+    gradient, rate = tf.cast(gradient, dtype), tf.cast(rate, dtype)
+    if optimizer.momentum == 0:
+        tf.raw_ops.ResourceApplyGradientDescent(var=where, alpha=rate, delta=gradient)
+        return
+    momentum = optimizer.momentums[optimizer._get_variable_index(variable)].value
+    tf.raw_ops.ResourceApplyKerasMomentum(
+        var=where,
+        accum=momentum.component.handle,
+        lr=rate,
+        grad=gradient,
+        momentum=tf.cast(optimizer.momentum, dtype),
+        use_nesterov=optimizer.nesterov,
+    )
 
 
 # --- end to end, by Keras's own formulas ---------------------------------------------------------
@@ -187,7 +173,7 @@ def _update_groups(optimizer: Any, grads_and_vars: Sequence[Any], learning_rate:
     for k, (group, variables) in enumerate(zip(groups, flat, strict=True)):
         gradients = [grads_and_vars[i][0] for i in group]
         with tf.control_dependencies([*previous, *gradients]):
-            gradient = tf.concat([tf.reshape(g, [-1]) for g in gradients], 0)
+            gradient = packed(gradients)
         # What is read before that would be there, as a copy, through the whole step.
         with tf.control_dependencies([gradient]):
             stand_in.update_step(gradient, variables, learning_rate)
@@ -195,17 +181,13 @@ def _update_groups(optimizer: Any, grads_and_vars: Sequence[Any], learning_rate:
         previous = [value for of_group in changed for value in of_group.store()]
 
 
-def _groups(variables: Sequence[ShardedVariable]) -> list[list[int]]:
+def _groups(variables: Sequence[ShardedVariable]) -> list[tuple[int, ...]]:
     """Groups variables of one dtype, in order, up to `GROUP_BYTES`."""
-    closed, open_groups = [], {}
-    for i, variable in enumerate(variables):
-        size = variable.shape.num_elements() * variable.dtype.size
-        members, total = open_groups.get(variable.dtype, ([], 0))
-        if members and total + size > GROUP_BYTES:
-            closed.append(members)
-            members, total = [], 0
-        open_groups[variable.dtype] = ([*members, i], total + size)
-    return closed + [members for members, _ in open_groups.values()]
+    dtypes = {i: variable.dtype for i, variable in enumerate(variables)}
+    sizes = {i: v.shape.num_elements() * v.dtype.size for i, v in enumerate(variables)}
+    limits = dict.fromkeys(dtypes.values(), GROUP_BYTES)
+    buckets = plan_buckets(dtypes, sizes, {i: i for i in dtypes}, limits)
+    return [bucket.members for bucket in buckets]
 
 
 def _slots_of(optimizer: Any) -> dict[str, list]:
@@ -240,19 +222,17 @@ class _Flat:
         self.index = index
         self.dtype = variables[0].dtype
         self._variables = variables
-        self._lengths = [variable.shape.num_elements() for variable in variables]
         self._value: tf.Tensor | None = None
         self._changed = False
 
     @property
     def shape(self) -> tf.TensorShape:
-        return tf.TensorShape([sum(self._lengths)])
+        return tf.TensorShape([sum(v.shape.num_elements() for v in self._variables)])
 
     def __tf_tensor__(self, dtype=None, name=None) -> tf.Tensor:
         del dtype, name
         if self._value is None:
-            parts = [tf.reshape(variable.read(), [-1]) for variable in self._variables]
-            self._value = tf.concat(parts, 0)
+            self._value = packed([variable.read() for variable in self._variables])
         return self._value
 
     def assign(self, value: tf.Tensor) -> None:
@@ -279,7 +259,7 @@ class _Flat:
         """
         if not self._changed:
             return []
-        parts = tf.split(self._value, self._lengths)
+        parts = unpacked(self._value, self._variables)
         for variable, part in zip(self._variables, parts, strict=True):
-            variable.assign(tf.reshape(part, variable.shape))
+            variable.assign(part)
         return parts

@@ -42,11 +42,18 @@ class Recomputation:
     Args:
         layers: those that may be computed again.
         keep: what is kept of the next of them that is called: "inputs", "products" or None for all.
+        model: in which they are.
     """
 
-    def __init__(self, layers: Iterable[keras.layers.Layer], keep: Callable[[], str | None]):
+    def __init__(
+        self,
+        layers: Iterable[keras.layers.Layer],
+        keep: Callable[[], str | None],
+        model: keras.layers.Layer | None = None,
+    ):
         self._layers = {id(layer): layer for layer in layers}
         self._keep = keep
+        self._model = model
 
     @functools.cached_property
     def _holders(self) -> set[int]:
@@ -59,11 +66,9 @@ class Recomputation:
                 holders.add(id(layer))
             return any(inside)
 
-        for layer in self._roots:
-            visit(layer)
+        if self._model is not None:
+            visit(self._model)
         return holders
-
-    _roots: tuple[keras.layers.Layer, ...] = ()
 
     @classmethod
     def of_model(cls, model: keras.layers.Layer, option: str) -> "Recomputation":
@@ -77,9 +82,7 @@ class Recomputation:
             Which layers are computed again.
         """
         layers = [] if option == "none" else _layers_of(model, option)
-        made = cls(layers, lambda: _KEEPS[option])
-        made._roots = (model,)
-        return made
+        return cls(layers, lambda: _KEEPS[option], model)
 
     def holds(self, layer: keras.layers.Layer) -> bool:
         """Returns whether a layer calls some that are computed again.
@@ -205,9 +208,7 @@ def _within_bytes(
             f"again. Give {least} or more, a smaller batch, or a mesh that splits more."
         )
     chosen = iter(cheapest_within(counting.ways, budget))
-    made = Recomputation(counting.layers, lambda: _WAYS[next(chosen)])
-    made._roots = (model,)
-    return made
+    return Recomputation(counting.layers, lambda: _WAYS[next(chosen)], model)
 
 
 class _Counting(Recomputation):

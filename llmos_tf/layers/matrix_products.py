@@ -23,7 +23,7 @@ def product(x_MK: tf.Tensor, kernel_KN: tf.Tensor) -> Any:
 
     def gradient(upstream_MN):
         if x_MK.dtype in (tf.float32, tf.float64):
-            # It transposes the kernel first, for which some half precisions have no op.
+            # Another path than a product with a transposed side; some half precisions have no op.
             dx_MK = tf.einsum("mn,kn->mk", upstream_MN, kernel_KN)
         else:
             dx_MK = tf.matmul(upstream_MN, kernel_KN, transpose_b=True)
