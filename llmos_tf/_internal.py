@@ -37,9 +37,6 @@ from keras.src.utils.rng_utils import get_random_seed as keras_random_seed
 # The coordination service, by which processes notice that another has died, and agree on things.
 from tensorflow.compiler.xla.tsl.protobuf.coordination_config_pb2 import CoordinatedJob
 
-# The message of `call_with_captures`; `tf.compat.v1.ConfigProto` is its only public name.
-from tensorflow.core.protobuf.config_pb2 import ConfigProto
-
 # The message that describes a process of a cluster; `tf.distribute.Server` starts a server of its
 # own instead of joining the eager runtime to the cluster.
 from tensorflow.core.protobuf.tensorflow_server_pb2 import ServerDef
@@ -315,24 +312,12 @@ def attributes_of_function(graph: Any, name: str) -> Any:
 
 
 def call_with_captures(concrete: Any, inputs: list[Any], captures: list[Any]) -> Any:
-    """Calls a concrete function, in a graph, with other captured inputs than it was traced with.
+    """Calls a concrete function with other captured inputs than those it was traced with.
 
     ``ConcreteFunction.__call__`` always passes the tensors that were captured while tracing; one
     program for many devices needs each device's own variable handles in their place.
-
-    Nor is the function optimized for this call: TensorFlow's graph optimizer has worked through it
-    with all functions of the step, and would do so again for each call that is not inlined.
-    `tf.config.optimizer` only turns it off for everything.
     """
-    context = eager_context.context()
-    before = context.function_call_options
-    config = ConfigProto()
-    config.graph_options.rewrite_options.disable_meta_optimizer = True
-    context.function_call_options = eager_context.FunctionCallOptions(config_proto=config)
-    try:
-        return concrete._call_flat(inputs, captured_inputs=captures)
-    finally:
-        context.function_call_options = before
+    return concrete._call_flat(inputs, captured_inputs=captures)
 
 
 def unspecialized() -> contextlib.AbstractContextManager:

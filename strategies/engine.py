@@ -134,7 +134,7 @@ class Engine:
         rows_spec = tf.TensorSpec([], tf.int32)
         # Not inlined: a loop in an inlined copy has a name of its own on each device, TensorFlow
         # puts that name into the keys of the collectives in the loop, and ranks would never meet.
-        # And not copied for a device, so that it is optimized once for all of them.
+        # Nor copied for each device, whose coordinate is a constant.
         attributes = {"_noinline": True, "_nospecialize": True}
         with _internal.unspecialized():
             traced = tf.function(program, autograph=False, experimental_attributes=attributes)
