@@ -2,23 +2,26 @@
 
 Keras computes an update variable by variable out of small ops: most of what is traced of a step, a
 kernel launch each on an accelerator, and on a CPU several passes over memory. Here, for optimizers
-that work element by element:
+that work element by element, Keras's own `update_step` is traced with something else in place of
+variables (`strategies.stand_ins`), so that its formulas are the only ones:
 
-- SGD updates a variable by TensorFlow's own kernel, in one pass and in place;
-- everything else is laid end to end in groups of up to `GROUP_BYTES`, and Keras's own `update_step`
-  runs once for a group: the same formulas, on longer vectors.
+- a large variable is updated by a function that XLA compiles: one pass over the variable, its
+  gradient and its state, in place, weight decay included;
+- small ones are laid end to end in groups of up to `GROUP_BYTES`.
 
 What was measured and decided: docs/adr/0011.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
 
+from llmos_tf.fusion import is_large
 from llmos_tf.sharding import ShardedVariable
-from llmos_tf.strategies.buckets import packed, plan_buckets, unpacked
+from llmos_tf.strategies.buckets import packed, plan_buckets
+from llmos_tf.strategies.stand_ins import EndToEnd, Held, numbers_of, optimizer_for, slots_of
 
 # What a group reads and writes stays in a processor's cache, and no copy of all weights is made.
 GROUP_BYTES = 4 * 2**20
@@ -78,14 +81,13 @@ def fused_update(original: Callable) -> Callable:
         if not is_known(optimizer):
             original(optimizer, distribution, grads_and_vars, learning_rate)
             return
-        by_rows = [pair for pair in grads_and_vars if isinstance(pair[0], tf.IndexedSlices)]
-        dense = [pair for pair in grads_and_vars if not isinstance(pair[0], tf.IndexedSlices)]
-        in_place = [pair for pair in dense if _has_kernel(optimizer, pair[1])]
-        for gradient, variable in in_place:
-            _descend(optimizer, gradient, variable, learning_rate)
+        by_rows, large, small = [], [], []
+        for gradient, variable in grads_and_vars:
+            kind = by_rows if _is_by_rows(gradient) else large if is_large(gradient) else small
+            kind.append((gradient, variable))
         original(optimizer, distribution, by_rows, learning_rate)
-        rest = [pair for pair in dense if not _has_kernel(optimizer, pair[1])]
-        _update_groups(optimizer, rest, learning_rate)
+        _update_compiled(optimizer, large, learning_rate)
+        _update_groups(optimizer, small, learning_rate)
 
     return update
 
@@ -96,89 +98,114 @@ def decay_weights(
     """Decays weights as Keras's optimizers do before an update: θ ← θ - η λ θ.
 
     Args:
-        optimizer: a Keras optimizer.
-        gradients: of the variables.
+        optimizer: a Keras optimizer that is known.
+        gradients: of the variables. Those whose update is compiled are decayed by that.
         variables: what it is about to update.
     """
-    if optimizer.weight_decay is None:
-        return
-    factors: dict[tf.DType, tf.Tensor] = {}
     for gradient, variable in zip(gradients, variables, strict=True):
-        if not optimizer._use_weight_decay(variable):
+        if not _is_by_rows(gradient) and is_large(gradient):
             continue
-        dtype = variable.dtype
-        if dtype not in factors:
-            rate = tf.cast(optimizer.learning_rate, dtype)
-            factors[dtype] = rate * tf.cast(optimizer.weight_decay, dtype)
+        factor = _decay(optimizer, variable)
+        if factor is None:
+            continue
         # Not before: a copy of all weights would be there through the whole step.
         with tf.control_dependencies([gradient]):
-            variable.assign_sub(variable.read() * factors[dtype])
+            variable.assign_sub(variable.read() * factor)
 
 
-# --- in place, by TensorFlow's kernels -----------------------------------------------------------
+def _decay(optimizer: Any, variable: ShardedVariable) -> tf.Tensor | None:
+    """η λ of a weight, or None where it does not decay."""
+    if optimizer.weight_decay is None or not optimizer._use_weight_decay(variable):
+        return None
+    rate = tf.cast(optimizer.learning_rate, variable.dtype)
+    return rate * tf.cast(optimizer.weight_decay, variable.dtype)
 
 
-def _has_kernel(optimizer: Any, variable: ShardedVariable) -> bool:
-    """Whether all of a rank's component is updated, by SGD, in a dtype that all devices know.
+def _is_by_rows(gradient: Any) -> bool:
+    return isinstance(gradient, tf.IndexedSlices)
 
-    Adam's kernel is twice as fast as a group, but takes 1 - β2 of a float32 β2, which is off by
-    5e-5 for 0.999: after 200 steps gpt_tiny's losses were off by 5e-3.
+
+# --- one by one, compiled ------------------------------------------------------------------------
+
+
+def _update_compiled(optimizer: Any, grads_and_vars: Sequence[Any], learning_rate: Any) -> None:
+    slots, functions = slots_of(optimizer), {}
+    numbers = numbers_of(optimizer)
+    learning_rate = tf.convert_to_tensor(learning_rate)
+    for gradient, variable in grads_and_vars:
+        index = optimizer._get_variable_index(variable)
+        states = [of_slot[index].value for of_slot in slots.values()]
+        decay = _decay(optimizer, variable)
+        # One function for all, which is traced for each shape.
+        key = variable.dtype, decay is None
+        if key not in functions:
+            functions[key] = _compiled(optimizer, list(slots), numbers, variable.dtype)
+        # What is read before that would be there, as a copy, through the whole step.
+        with tf.control_dependencies([gradient]):
+            places = [_place_of(variable), *map(_place_of, states)]
+        changed = functions[key](learning_rate, decay, gradient, *places)
+        for stored, value in zip([variable, *states], changed, strict=True):
+            if value is not None:
+                stored.assign(value)
+
+
+def _compiled(
+    optimizer: Any, slots: Sequence[str], numbers: Mapping[str, tf.Tensor], dtype: tf.DType
+) -> Callable:
+    """A function that updates a variable and its state where they lie.
+
+    Args:
+        optimizer: a Keras optimizer.
+        slots: names of its lists of state.
+        numbers: values of the variables it has for all, which the function captures.
+        dtype: of the variable and its state.
+
+    Returns:
+        A function of learning rate, η λ or None, gradient, and places as of `_place_of`; it returns
+        the new values of those of them that are values.
     """
-    extra = variable.update_layout.flat[len(variable.layout.flat) :]
-    is_sgd = type(optimizer) is keras.optimizers.SGD
-    return is_sgd and not extra and variable.dtype in (tf.float32, tf.float64)
+
+    @tf.function(autograph=False, jit_compile=True)
+    def update(rate, decay, gradient, *places):
+        held = [Held(place, gradient.shape, dtype) for place in places]
+        weights, states = held[0], held[1:]
+        if decay is not None:
+            weights.assign_sub(weights * decay)
+        lists = {name: [state] for name, state in zip(slots, states, strict=True)}
+        optimizer_for(optimizer, {**lists, **numbers}).update_step(gradient, weights, rate)
+        return [one.store() for one in held]
+
+    return update
 
 
-def _descend(
-    optimizer: keras.optimizers.SGD, gradient: tf.Tensor, variable: ShardedVariable, rate: Any
-) -> None:
-    dtype, where = variable.dtype, variable.component.handle
-    gradient, rate = tf.cast(gradient, dtype), tf.cast(rate, dtype)
-    if optimizer.momentum == 0:
-        tf.raw_ops.ResourceApplyGradientDescent(var=where, alpha=rate, delta=gradient)
-        return
-    momentum = optimizer.momentums[optimizer._get_variable_index(variable)].value
-    tf.raw_ops.ResourceApplyKerasMomentum(
-        var=where,
-        accum=momentum.component.handle,
-        lr=rate,
-        grad=gradient,
-        momentum=tf.cast(optimizer.momentum, dtype),
-        use_nesterov=optimizer.nesterov,
-    )
+def _place_of(variable: ShardedVariable) -> tf.Tensor:
+    """Where a variable lies, if all of a rank's component is updated; else the part that is."""
+    is_cut_further = variable.update_layout != variable.layout
+    return variable.read() if is_cut_further else variable.component.handle
 
 
-# --- end to end, by Keras's own formulas ---------------------------------------------------------
+# --- end to end, by Keras's ops ------------------------------------------------------------------
 
 
 def _update_groups(optimizer: Any, grads_and_vars: Sequence[Any], learning_rate: Any) -> None:
     groups = _groups([variable for _, variable in grads_and_vars])
-    flat = [_Flat([grads_and_vars[i][1] for i in group], k) for k, group in enumerate(groups)]
-    indices = [
-        [optimizer._get_variable_index(grads_and_vars[i][1]) for i in group] for group in groups
-    ]
-    # The same optimizer with groups for variables. Its own attributes are tracked by Keras.
-    stand_in = object.__new__(type(optimizer))
-    stand_in.__dict__.update(optimizer.__dict__)
-    stand_in.__dict__["_get_variable_index"] = lambda group: group.index
-    states = []
-    for name, slots in _slots_of(optimizer).items():
-        groups_of_slots = [
-            _Flat([slots[i].value for i in members], k) for k, members in enumerate(indices)
-        ]
-        stand_in.__dict__[name] = groups_of_slots
-        states += groups_of_slots
+    slots = slots_of(optimizer)
     # One after another: copies of all groups at once would be several of all weights.
     previous: list[tf.Tensor] = []
-    for k, (group, variables) in enumerate(zip(groups, flat, strict=True)):
-        gradients = [grads_and_vars[i][0] for i in group]
+    for group in groups:
+        gradients, variables = zip(*(grads_and_vars[i] for i in group), strict=True)
         with tf.control_dependencies([*previous, *gradients]):
             gradient = packed(gradients)
+        indices = [optimizer._get_variable_index(variable) for variable in variables]
+        weights = EndToEnd(variables)
+        states = {
+            name: [EndToEnd([of_slot[i].value for i in indices])] for name, of_slot in slots.items()
+        }
         # What is read before that would be there, as a copy, through the whole step.
         with tf.control_dependencies([gradient]):
-            stand_in.update_step(gradient, variables, learning_rate)
-        changed = [variables, *(state for state in states if state.index == k)]
-        previous = [value for of_group in changed for value in of_group.store()]
+            optimizer_for(optimizer, states).update_step(gradient, weights, learning_rate)
+        changed = [weights, *(state for (state,) in states.values())]
+        previous = [value for values in changed for value in values.store()]
 
 
 def _groups(variables: Sequence[ShardedVariable]) -> list[tuple[int, ...]]:
@@ -188,78 +215,3 @@ def _groups(variables: Sequence[ShardedVariable]) -> list[tuple[int, ...]]:
     limits = dict.fromkeys(dtypes.values(), GROUP_BYTES)
     buckets = plan_buckets(dtypes, sizes, {i: i for i in dtypes}, limits)
     return [bucket.members for bucket in buckets]
-
-
-def _slots_of(optimizer: Any) -> dict[str, list]:
-    """The lists of an optimizer that have a `keras.Variable` of state for each variable."""
-    count = len(optimizer._trainable_variables)
-    return {
-        name: value
-        for name, value in vars(optimizer).items()
-        if isinstance(value, list)
-        and name != "_trainable_variables"
-        and len(value) == count
-        and all(isinstance(slot, keras.Variable) for slot in value)
-    }
-
-
-def _operator(name: str) -> Callable:
-    def operate(flat, *other):
-        return getattr(tf.convert_to_tensor(flat), name)(*other)
-
-    return operate
-
-
-class _Flat:
-    """Variables end to end, as an optimizer sees one variable: read once, stored if it changed.
-
-    Args:
-        variables: of one dtype.
-        index: number of the group.
-    """
-
-    def __init__(self, variables: list[ShardedVariable], index: int):
-        self.index = index
-        self.dtype = variables[0].dtype
-        self._variables = variables
-        self._value: tf.Tensor | None = None
-        self._changed = False
-
-    @property
-    def shape(self) -> tf.TensorShape:
-        return tf.TensorShape([sum(v.shape.num_elements() for v in self._variables)])
-
-    def __tf_tensor__(self, dtype=None, name=None) -> tf.Tensor:
-        del dtype, name
-        if self._value is None:
-            self._value = packed([variable.read() for variable in self._variables])
-        return self._value
-
-    def assign(self, value: tf.Tensor) -> None:
-        self._value = value
-        self._changed = True
-
-    def assign_add(self, value: tf.Tensor) -> None:
-        self.assign(tf.convert_to_tensor(self) + value)
-
-    def assign_sub(self, value: tf.Tensor) -> None:
-        self.assign(tf.convert_to_tensor(self) - value)
-
-    __add__, __radd__ = _operator("__add__"), _operator("__radd__")
-    __sub__, __rsub__ = _operator("__sub__"), _operator("__rsub__")
-    __mul__, __rmul__ = _operator("__mul__"), _operator("__rmul__")
-    __truediv__, __rtruediv__ = _operator("__truediv__"), _operator("__rtruediv__")
-    __pow__, __neg__ = _operator("__pow__"), _operator("__neg__")
-
-    def store(self) -> list[tf.Tensor]:
-        """Gives the variables their parts of a new value.
-
-        Returns:
-            The parts; none where the value was not changed.
-        """
-        if not self._changed:
-            return []
-        parts = unpacked(self._value, self._variables)
-        for variable, part in zip(self._variables, parts, strict=True):
-            variable.assign(part)
-        return parts

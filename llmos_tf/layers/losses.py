@@ -7,7 +7,7 @@ import keras
 import tensorflow as tf
 
 from llmos_tf import collectives
-from llmos_tf.layers.fused import fused, is_large
+from llmos_tf.fusion import fused, is_large
 from llmos_tf.program import current_program
 
 

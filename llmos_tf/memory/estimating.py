@@ -6,7 +6,7 @@ import keras
 
 from llmos_tf.config import ModelConfig
 from llmos_tf.mesh import Mesh
-from llmos_tf.planning.memory_model import BUCKET_BYTES, Plan, memory_of
+from llmos_tf.planning.memory_model import Plan, memory_of
 from llmos_tf.strategies.schedules import make_schedule
 
 # Compute types of Keras's policies, in bytes. Weights are float32.
@@ -28,7 +28,7 @@ def estimate(
     num_chunks: int = 1,
     dtype_policy: str = "float32",
     remat: str = "none",
-    bucket_bytes: int = BUCKET_BYTES,
+    bucket_bytes: int | None = None,
 ) -> list[dict[str, Any]]:
     """Returns what `report` would count, by closed formulas: nothing is built or traced.
 
@@ -52,7 +52,7 @@ def estimate(
         dtype_policy: "float32", "mixed_float16" or "mixed_bfloat16".
         remat: "none", or "block" where each block is computed again in the backward pass, as in
             `keras.RematScope("list_of_layers", layer_names=[...])` of all blocks.
-        bucket_bytes: gradients that are reduced together.
+        bucket_bytes: as for `MeshStrategy`.
 
     Returns:
         A dict for each device of the mesh, in rank order: `device`, its name in the mesh or, where
@@ -91,7 +91,7 @@ def estimate(
         schedule=pipeline,
         optimizer_slots=slots,
         optimizer_scalars=scalars,
-        update=_update_of(optimizer, without_strategy),
+        update="keras" if without_strategy else "fused",
         decays=bool(optimizer.weight_decay),
         compute_bytes=_POLICIES[dtype_policy],
         bucket_bytes=bucket_bytes,
@@ -103,13 +103,6 @@ def estimate(
         {"device": name, **by_stage[mesh.coordinate(rank)["pipe"]]}
         for rank, name in enumerate(names)
     ]
-
-
-def _update_of(optimizer: keras.Optimizer, without_strategy: bool) -> str:
-    """How a step updates weights: see `Plan.update`."""
-    if without_strategy:
-        return "keras"
-    return "kernels" if type(optimizer) is keras.optimizers.SGD else "groups"
 
 
 def _state_of(optimizer: keras.Optimizer) -> tuple[int, int]:

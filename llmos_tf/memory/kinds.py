@@ -59,7 +59,7 @@ def kinds_of_values(
     order = program.in_order_of_execution()
     of_data = _followers(order, data)
     of_variables = _of_variables(order) - of_data
-    gradients = _gradients(order, of_variables, trained)
+    gradients = _gradients(program, order, of_variables, trained)
     kinds = {}
     for work in order:
         for i in work.outputs:
@@ -96,12 +96,14 @@ def _of_variables(order: list[Work]) -> set[int]:
     return found
 
 
-def _gradients(order: list[Work], of_variables: set[int], trained: Container[int]) -> set[int]:
+def _gradients(
+    program: ProgramOps, order: list[Work], of_variables: set[int], trained: Container[int]
+) -> set[int]:
     makers = {i: work for work in order for i in work.outputs}
     found: set[int] = set()
     for work in reversed(order):
-        if _writes(work) and work.inputs[0] in trained:
-            found.update(i for i in work.inputs[1:] if i not in of_variables)
+        if any(i in trained for i in _written(work)):
+            found.update(i for i in work.inputs[1:] if i not in of_variables and i not in trained)
         if found.isdisjoint(work.outputs):
             continue
         # A reduce-scatter is an exchange and a sum of what came.
@@ -110,6 +112,11 @@ def _gradients(order: list[Work], of_variables: set[int], trained: Container[int
             # Each output is one of the inputs, as it is.
             same = zip(work.outputs, work.shares, strict=True)
             found.update(work.inputs[place] for output, place in same if output in found)
+        elif work.body is not None:
+            # Of what goes over a gradient once, what is as long as that.
+            sizes = {program.sizes[i] for i in work.outputs if i in found}
+            alike = (i for i in work.inputs if program.sizes[i] in sizes)
+            found.update(i for i in alike if i not in of_variables)
         elif sums or work.kind in _ELEMENTWISE or _moves(work) or _is_collective(work):
             found.update(i for i in work.inputs if i not in of_variables)
     return found
@@ -160,7 +167,11 @@ def _is_collective(work: Work) -> bool:
     return work.kind.startswith("Collective")
 
 
-def _writes(work: Work) -> bool:
-    """Whether it writes into the variable that is its first input."""
-    kind = work.kind
-    return kind.startswith(("Assign", "ResourceApply", "ResourceSparseApply", "ResourceScatter"))
+def _written(work: Work) -> list[int]:
+    """The variables that an op writes into, by the numbers of their handles."""
+    if work.body is not None:
+        inside = {i for op in work.body.works for i in _written(op)}
+        pairs = zip(work.inputs, work.body.inputs, strict=True)
+        return [outer for outer, inner in pairs if inner in inside]
+    writes = ("Assign", "ResourceApply", "ResourceSparseApply", "ResourceScatter")
+    return work.inputs[:1] if work.kind.startswith(writes) else []

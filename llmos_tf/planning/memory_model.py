@@ -16,14 +16,15 @@ from llmos_tf.config import GPTConfig, MixtralConfig, ModelConfig
 from llmos_tf.mesh import Mesh
 from llmos_tf.planning import activations
 from llmos_tf.planning.activations import WIDE, Tokens
+from llmos_tf.planning.bucket_size import default_bucket_bytes
 from llmos_tf.planning.stages import PER_ELEMENT, stages_of_units
 from llmos_tf.planning.weights import FIRST, LAST, Weight, total, weights_of
 from llmos_tf.strategies.schedules import Schedule
 
 KINDS = ("parameters", "gradients", "optimizer", "activations", "communication", "other")
-BUCKET_BYTES = 32 * 2**20
-# As in `strategies.fused_update`.
+# As in `strategies.fused_update` and `fusion`.
 GROUP_BYTES = 4 * 2**20
+MIN_ELEMENTS = 2**15
 REMAT = ("none", "block")
 
 
@@ -42,12 +43,11 @@ class Plan:
         schedule: of the pipeline, or None.
         optimizer_slots: how many numbers the optimizer keeps for each weight.
         optimizer_scalars: bytes that it keeps beside them.
-        update: "kernels" where TensorFlow's update weights in place, "groups" where they are laid
-            end to end in groups, "keras" where Keras's ops do it by themselves, as without a
-            strategy.
+        update: "fused" where large weights are updated in place and small ones end to end in
+            groups, "keras" where Keras's ops do it by themselves, as without a strategy.
         decays: whether the optimizer decays weights.
         compute_bytes: size of a number that is computed with, 4 or 2.
-        bucket_bytes: of gradients that are reduced together.
+        bucket_bytes: of gradients that are reduced together, or None.
         remat: "none", or "block" where each block is computed again in the backward pass.
 
     Raises:
@@ -64,10 +64,10 @@ class Plan:
     schedule: Schedule | None = None
     optimizer_slots: int = 2
     optimizer_scalars: int = 12
-    update: str = "kernels"
+    update: str = "fused"
     decays: bool = False
     compute_bytes: int = WIDE
-    bucket_bytes: int = BUCKET_BYTES
+    bucket_bytes: int | None = None
     remat: str = "none"
     weights: list[Weight] = field(init=False, repr=False)
 
@@ -226,7 +226,7 @@ class _Stage:
         head = [w for w in self._weights if LAST in w.units]
         moments = []
         for bytes_now, kernels in zip(halves, (("down",), ("down", "up", "output/")), strict=True):
-            first = self._made_before_first_block(kernels)
+            first = self._made_before_first_block(kernels) - self._updated_early()
             last = WIDE * total(head, lambda w: w.slice_elements(self._mesh))
             moments += [
                 {"activations": bytes_now + others, "gradients": last},
@@ -244,27 +244,40 @@ class _Stage:
         if mesh.batch_ways == 1:
             return []
         scatters = plan.zero_stage in (1, 2)
-        # All gradients and the bucket, or the bucket, its rows for each rank, and these in a row.
+        # The bucket and its sum, or its rows for each rank, and these in a row.
         moments, blocks = [], self._num_blocks
         kept = activations.of_block(plan.config, plan.tokens)
-        bucket, unfinished = 0.0, 0
-        order = [LAST, *range(blocks - 1, -1, -1), FIRST]
-        sizes = dict.fromkeys(order, 0.0)
-        for weight in self._weights:
-            sizes[weight.units[0]] += WIDE * weight.slice_elements(mesh)
-        for number, unit in enumerate(order):
-            bucket += sizes[unit]
-            unfinished = max(0, blocks - number)
-            if bucket >= plan.bucket_bytes or unit == FIRST:
-                moments.append(
-                    {
-                        "activations": unfinished * kept,
-                        "gradients": (2 if scatters else 1) * bucket,
-                        "communication": bucket,
-                    }
-                )
-                bucket = 0.0
+        for unit, bucket in self._full_buckets():
+            unfinished = 0 if unit == FIRST else blocks if unit == LAST else unit
+            moments.append(
+                {
+                    "activations": unfinished * kept,
+                    "gradients": (2 if scatters else 1) * bucket,
+                    "communication": bucket,
+                }
+            )
         return moments
+
+    def _full_buckets(self) -> list[tuple[str | int, float]]:
+        """Units of the model at which a bucket of gradients is full, and its bytes."""
+        plan, found, bucket = self._plan, [], 0.0
+        sizes = {w: WIDE * w.slice_elements(self._mesh) for w in self._weights}
+        ranks = self._mesh.batch_ways
+        limit = plan.bucket_bytes or default_bucket_bytes(ranks, sum(sizes.values()))
+        # In the order of the backward pass: what is used last first.
+        for unit in [LAST, *range(plan.config.num_layers - 1, -1, -1), FIRST]:
+            for weight in reversed([w for w in self._weights if w.units[0] == unit]):
+                if bucket and bucket + sizes[weight] > limit:
+                    found.append((unit, bucket))
+                    bucket = 0.0
+                bucket += sizes[weight]
+        return [*found, (FIRST, bucket)]
+
+    def _updated_early(self) -> float:
+        """Gradients that are used up before the first block's are made."""
+        if self._plan.update == "keras":
+            return 0.0
+        return sum(bucket for unit, bucket in self._full_buckets() if unit not in (FIRST, 0))
 
     def _update(self) -> list[dict[str, float]]:
         """When the optimizer is at work."""
@@ -272,19 +285,24 @@ class _Stage:
         if plan.update == "keras":
             # What is added to each moment is computed when its gradient is there, for all at once.
             return [{"gradients": 2 * updated}]
-        if plan.update == "groups" or plan.zero_stage in (1, 2):
-            # Of one group after another weights and moments, the gradients, and what they change;
-            # or all that has been decayed.
-            group = min(GROUP_BYTES, updated)
-            decayed = updated if plan.decays else 0
-            return [
-                {
-                    "gradients": updated + (1 if decayed else 2) * group,
-                    "other": (1 + plan.optimizer_slots) * group + decayed,
-                }
-            ]
-        # Each weight when its gradient is there; that of a table in two parts, which are summed.
-        return [{"gradients": 2 * WIDE * max(w.part_elements(self._mesh) for w in self._weights)}]
+        sizes = [WIDE * w.part_elements(self._mesh, self._update_axes()) for w in self._weights]
+        small = sum(size for size in sizes if size < WIDE * MIN_ELEMENTS)
+        # Of one group after another weights and moments, the gradients, and what they change; or
+        # all that has been decayed.
+        group = min(GROUP_BYTES, small)
+        decayed = small if plan.decays else 0
+        whole = self._gradient_bytes() if plan.zero_stage in (1, 2) else 0
+        return [
+            # New weights, gathered, and each by itself.
+            {"gradients": whole, "communication": whole},
+            # Each large weight when its gradient is there; that of a table in two parts, which are
+            # summed.
+            {"gradients": 2 * max(sizes)},
+            {
+                "gradients": small + (1 if decayed else 2) * group,
+                "other": (1 + plan.optimizer_slots) * group + decayed,
+            },
+        ]
 
     def _in_pipeline(self, stage: int) -> list[dict[str, float]]:
         """While the backward pass of a microbatch holds all that it was given.
@@ -373,10 +391,13 @@ class _Stage:
         used = [w for w in self._weights if w.is_kernel and w.units != (FIRST,)]
         return total(used, lambda w: w.slice_elements(self._mesh))
 
+    def _update_axes(self) -> tuple[str, ...]:
+        """Axes along which optimizer state is cut, once flattened."""
+        return ("fsdp", "data") if self._plan.zero_stage in (1, 2) else ("fsdp",)
+
     def _updated_elements(self) -> int:
         """Elements of which this rank keeps the optimizer's state."""
-        axes = ("fsdp", "data") if self._plan.zero_stage in (1, 2) else ("fsdp",)
-        return total(self._weights, lambda w: w.part_elements(self._mesh, axes))
+        return total(self._weights, lambda w: w.part_elements(self._mesh, self._update_axes()))
 
 
 def _units_by_stage(plan: Plan) -> list[list[str | int]]:

@@ -33,6 +33,7 @@ INNER = {
     "function_calls",
     "graph_cuts",
     "loop_turns",
+    "fusion",
     "op_costs",
     "point_to_point",
     "program",

@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from llmos_tf.layers import TokenCrossEntropy, fused
+from llmos_tf import fusion
+from llmos_tf.layers import TokenCrossEntropy
 from llmos_tf.layers.fused import gelu, layer_norm, rms_norm
 
 
 @pytest.fixture(params=["compiled", "op by op"])
 def size_to_compile(request, monkeypatch):
     """Compiles everything, or nothing."""
-    monkeypatch.setattr(fused, "MIN_ELEMENTS", 0 if request.param == "compiled" else 10**9)
+    monkeypatch.setattr(fusion, "MIN_ELEMENTS", 0 if request.param == "compiled" else 10**9)
 
 
 def _random(*shape):
@@ -84,14 +85,14 @@ def test_cross_entropy(size_to_compile):
 @pytest.mark.parametrize("label", [-1, 7])
 def test_a_label_that_there_is_not_is_refused(monkeypatch, label):
     """Fails if it is taken for another token's, as XLA does with an index out of bounds."""
-    monkeypatch.setattr(fused, "MIN_ELEMENTS", 0)
+    monkeypatch.setattr(fusion, "MIN_ELEMENTS", 0)
     with pytest.raises(tf.errors.InvalidArgumentError, match=f"= {label} is not in"):
         TokenCrossEntropy()(tf.constant([[label, 0]]), tf.zeros([1, 2, 7]))
 
 
 def test_half_precision_is_computed_in_float32(monkeypatch):
     """Fails if the mean square is taken in float16, whose largest number is 65,504."""
-    monkeypatch.setattr(fused, "MIN_ELEMENTS", 0)
+    monkeypatch.setattr(fusion, "MIN_ELEMENTS", 0)
     keras.config.set_dtype_policy("mixed_float16")
     x = tf.fill([1, 64], tf.constant(1000.0, tf.float16))
     with tf.GradientTape() as tape:

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmos_tf import Mesh, collectives, devices
+from llmos_tf.planning.bucket_size import default_bucket_bytes
 from llmos_tf.strategies import MeshStrategy
 from llmos_tf.strategies.buckets import (
-    default_bucket_bytes,
     packed_rows,
     plan_buckets,
     unpacked_rows,
