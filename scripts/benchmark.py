@@ -6,8 +6,9 @@
     llmos-benchmark --run=1 --run=1
 
 A run is a mesh, 1 for one device, with what MeshStrategy takes besides: MESH:name=value,... of
-schedule, microbatches, num_chunks, zero_stage, context_method and sequence_parallel. It is timed by
-the bare train step; fit:MESH:... by model.fit, as the runs of Keras are. The others are:
+schedule, microbatches, num_chunks, zero_stage, context_method, sequence_parallel, rematerialise,
+bucket_bytes, gradient_compression and powersgd_rank. It is timed by the bare train step;
+fit:MESH:... by model.fit, as the runs of Keras are. The others are:
 
 KINDS
 N is a number of devices, or of processes with PyTorch. What is not installed, by

@@ -17,6 +17,10 @@ _MESH_OPTIONS = {
     "zero_stage": "zero_stage",
     "context_method": "context_method",
     "sequence_parallel": "sequence_parallel",
+    "rematerialise": "rematerialise",
+    "bucket_bytes": "bucket_bytes",
+    "gradient_compression": "gradient_compression",
+    "powersgd_rank": "powersgd_rank",
 }
 
 

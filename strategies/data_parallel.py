@@ -1,6 +1,7 @@
 """Data parallelism: the batch is split, weights are everywhere."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from llmos_tf import devices as device_list
 from llmos_tf.mesh import Mesh
@@ -12,6 +13,7 @@ class DataParallelStrategy(MeshStrategy):
 
     Args:
         devices: device names; None takes all visible ones.
+        **options: others of `MeshStrategy`, such as `rematerialise`.
 
     Example:
         >>> strategy = DataParallelStrategy()
@@ -21,6 +23,6 @@ class DataParallelStrategy(MeshStrategy):
         >>> model.fit(x, y)
     """
 
-    def __init__(self, devices: Sequence[str] | None = None):
+    def __init__(self, devices: Sequence[str] | None = None, **options: Any):
         names = device_list.visible_devices() if devices is None else tuple(devices)
-        super().__init__(Mesh(data=len(names), devices=names))
+        super().__init__(Mesh(data=len(names), devices=names), **options)

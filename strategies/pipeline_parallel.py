@@ -1,6 +1,7 @@
 """Pipeline parallelism: every device has a part of the model, and microbatches go through them."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from llmos_tf import devices as device_list
 from llmos_tf.mesh import Mesh
@@ -16,6 +17,7 @@ class PipelineParallelStrategy(MeshStrategy):
         schedule: "gpipe", "1f1b", "interleaved", "zb-h1" or "zb-v"; see `strategies.schedules`.
         num_chunks: parts of the model on each stage, for the schedule "interleaved".
         stage_of: layer name to stage, to overrule how the model is cut.
+        **options: others of `MeshStrategy`, such as `rematerialise`.
 
     Raises:
         ValueError: fewer than two devices, an unknown schedule, or numbers that it does not take.
@@ -36,6 +38,7 @@ class PipelineParallelStrategy(MeshStrategy):
         schedule: str = "1f1b",
         num_chunks: int = 1,
         stage_of: Mapping[str, int] | None = None,
+        **options: Any,
     ):
         names = device_list.visible_devices() if devices is None else tuple(devices)
         if len(names) < 2:
@@ -50,4 +53,5 @@ class PipelineParallelStrategy(MeshStrategy):
             schedule=schedule,
             num_chunks=num_chunks,
             stage_of=stage_of,
+            **options,
         )

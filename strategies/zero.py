@@ -1,6 +1,7 @@
 """ZeRO: data parallelism whose state is cut over the devices."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from llmos_tf import devices as device_list
 from llmos_tf.mesh import Mesh
@@ -16,6 +17,7 @@ class ZeroStrategy(MeshStrategy):
     Args:
         stage: 1 cuts optimizer state, 2 accumulated gradients too, 3 parameters too.
         devices: device names; None takes all visible ones.
+        **options: others of `MeshStrategy`, such as `rematerialise`.
 
     Raises:
         ValueError: another stage.
@@ -26,7 +28,7 @@ class ZeroStrategy(MeshStrategy):
         ...     model = keras.Sequential([...])
     """
 
-    def __init__(self, stage: int, devices: Sequence[str] | None = None):
+    def __init__(self, stage: int, devices: Sequence[str] | None = None, **options: Any):
         if stage not in (1, 2, 3):
             raise ValueError(
                 f"ZeroStrategy has stages 1, 2 and 3; stage 0 is DataParallelStrategy. "
@@ -34,4 +36,4 @@ class ZeroStrategy(MeshStrategy):
             )
         names = device_list.visible_devices() if devices is None else tuple(devices)
         axis = "fsdp" if stage == 3 else "data"
-        super().__init__(Mesh(**{axis: len(names)}, devices=names), zero_stage=stage)
+        super().__init__(Mesh(**{axis: len(names)}, devices=names), zero_stage=stage, **options)

@@ -17,6 +17,14 @@ def options(*run, **changed):
     [
         ("1", ("step", 1, {"num_microbatches": 1})),
         ("data=2,tensor=2:zero_stage=1", ("step", 4, {"zero_stage": 1, "num_microbatches": 1})),
+        (
+            "data=2:rematerialise=block,bucket_bytes=1000000",
+            (
+                "step",
+                2,
+                {"rematerialise": "block", "bucket_bytes": 1_000_000, "num_microbatches": 1},
+            ),
+        ),
         ("fit:1", ("fit", 1, {"num_microbatches": 1})),
         ("fit:pipe=2:microbatches=4", ("fit", 2, {"num_microbatches": 4})),
         ("keras", ("keras", 1, {})),

@@ -15,6 +15,7 @@ from llmos_tf.mesh import Mesh
 from llmos_tf.strategies import (
     DataParallelStrategy,
     MeshStrategy,
+    PipelineParallelStrategy,
     TensorParallelStrategy,
     ZeroStrategy,
 )
@@ -99,6 +100,23 @@ def test_devices_keep_their_order_and_get_full_names():
     assert tuple(c.device for c in variable.values) == strategy.mesh.devices
     default = MeshStrategy(Mesh(data=2)).mesh.devices
     assert default == (f"{prefix}:0", f"{prefix}:1")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        DataParallelStrategy,
+        functools.partial(ZeroStrategy, 1),
+        TensorParallelStrategy,
+        PipelineParallelStrategy,
+    ],
+)
+def test_every_strategy_takes_the_options_of_a_mesh(make):
+    """Fails if an option is known to MeshStrategy only, or is taken and forgotten."""
+    strategy = make(devices=["CPU:0", "CPU:1"], rematerialise="block")
+    assert strategy.extended.options.rematerialise == "block"
+    with pytest.raises(TypeError, match="rematerialize"):
+        make(devices=["CPU:0", "CPU:1"], rematerialize="block")
 
 
 @pytest.mark.parametrize(
