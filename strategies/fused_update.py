@@ -17,8 +17,9 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from llmos_tf.program import current_program
 from llmos_tf.sharding import ShardedVariable
-from llmos_tf.strategies.buckets import packed, plan_buckets, unpacked
+from llmos_tf.strategies.buckets import creation_order, packed, plan_buckets, unpacked
 
 # What a group reads and writes stays in a processor's cache, and no copy of all weights is made.
 GROUP_BYTES = 4 * 2**20
@@ -111,7 +112,7 @@ def decay_weights(
             rate = tf.cast(optimizer.learning_rate, dtype)
             factors[dtype] = rate * tf.cast(optimizer.weight_decay, dtype)
         # Not before: a copy of all weights would be there through the whole step.
-        with tf.control_dependencies([gradient]):
+        with tf.device(variable.host), tf.control_dependencies([gradient]):
             variable.assign_sub(variable.read() * factors[dtype])
 
 
@@ -126,7 +127,18 @@ def _has_kernel(optimizer: Any, variable: ShardedVariable) -> bool:
     """
     extra = variable.update_layout.flat[len(variable.layout.flat) :]
     is_sgd = type(optimizer) is keras.optimizers.SGD
-    return is_sgd and not extra and variable.dtype in (tf.float32, tf.float64)
+    return (
+        is_sgd
+        and not extra
+        and variable.dtype in (tf.float32, tf.float64)
+        # A kernel has one device, and one of both may be offloaded.
+        and (optimizer.momentum == 0 or not _is_elsewhere(variable))
+    )
+
+
+def _is_elsewhere(variable: ShardedVariable) -> bool:
+    """Whether a weight lies on another device than its optimizer computes on."""
+    return variable.host != current_program().update_device
 
 
 def _descend(
@@ -135,7 +147,8 @@ def _descend(
     dtype, where = variable.dtype, variable.component.handle
     gradient, rate = tf.cast(gradient, dtype), tf.cast(rate, dtype)
     if optimizer.momentum == 0:
-        tf.raw_ops.ResourceApplyGradientDescent(var=where, alpha=rate, delta=gradient)
+        with tf.device(variable.host):
+            tf.raw_ops.ResourceApplyGradientDescent(var=where, alpha=rate, delta=gradient)
         return
     momentum = optimizer.momentums[optimizer._get_variable_index(variable)].value
     tf.raw_ops.ResourceApplyKerasMomentum(
@@ -152,7 +165,7 @@ def _descend(
 
 
 def _update_groups(optimizer: Any, grads_and_vars: Sequence[Any], learning_rate: Any) -> None:
-    groups = _groups([variable for _, variable in grads_and_vars])
+    groups = _groups(*zip(*grads_and_vars, strict=True)) if grads_and_vars else []
     flat = [_Flat([grads_and_vars[i][1] for i in group], k) for k, group in enumerate(groups)]
     indices = [
         [optimizer._get_variable_index(grads_and_vars[i][1]) for i in group] for group in groups
@@ -181,12 +194,19 @@ def _update_groups(optimizer: Any, grads_and_vars: Sequence[Any], learning_rate:
         previous = [value for of_group in changed for value in of_group.store()]
 
 
-def _groups(variables: Sequence[ShardedVariable]) -> list[tuple[int, ...]]:
-    """Groups variables of one dtype, in order, up to `GROUP_BYTES`."""
+def _groups(
+    gradients: Sequence[tf.Tensor], variables: Sequence[ShardedVariable]
+) -> list[tuple[int, ...]]:
+    """Groups variables of one dtype, in order, up to `GROUP_BYTES`.
+
+    The order is theirs; on a host, which works beside the device, that of their gradients.
+    """
     dtypes = {i: variable.dtype for i, variable in enumerate(variables)}
     sizes = {i: v.shape.num_elements() * v.dtype.size for i, v in enumerate(variables)}
     limits = dict.fromkeys(dtypes.values(), GROUP_BYTES)
-    buckets = plan_buckets(dtypes, sizes, {i: i for i in dtypes}, limits)
+    offloads = current_program().update_device is not None
+    made = creation_order(dict(enumerate(gradients))) if offloads else {i: i for i in dtypes}
+    buckets = plan_buckets(dtypes, sizes, made, limits)
     return [bucket.members for bucket in buckets]
 
 
@@ -213,6 +233,9 @@ def _operator(name: str) -> Callable:
 class _Flat:
     """Variables end to end, as an optimizer sees one variable: read once, stored if it changed.
 
+    Weights that lie on another device than the optimizer are not read to be changed: what is added
+    to them goes there.
+
     Args:
         variables: of one dtype.
         index: number of the group.
@@ -224,6 +247,9 @@ class _Flat:
         self._variables = variables
         self._value: tf.Tensor | None = None
         self._changed = False
+        self._is_elsewhere = any(map(_is_elsewhere, variables))
+        # The method of a variable and its argument, for one that was not read.
+        self._change: tuple[str, tf.Tensor] | None = None
 
     @property
     def shape(self) -> tf.TensorShape:
@@ -233,6 +259,10 @@ class _Flat:
         del dtype, name
         if self._value is None:
             self._value = packed([variable.read() for variable in self._variables])
+            if self._change is not None:
+                method, value = self._change
+                self._change = None
+                getattr(self, method)(value)
         return self._value
 
     def assign(self, value: tf.Tensor) -> None:
@@ -240,10 +270,19 @@ class _Flat:
         self._changed = True
 
     def assign_add(self, value: tf.Tensor) -> None:
-        self.assign(tf.convert_to_tensor(self) + value)
+        if not self._leaves("assign_add", value):
+            self.assign(tf.convert_to_tensor(self) + value)
 
     def assign_sub(self, value: tf.Tensor) -> None:
-        self.assign(tf.convert_to_tensor(self) - value)
+        if not self._leaves("assign_sub", value):
+            self.assign(tf.convert_to_tensor(self) - value)
+
+    def _leaves(self, method: str, value: tf.Tensor) -> bool:
+        """Whether a change is left to the variables: the first one, of what was not read."""
+        if not self._is_elsewhere or self._value is not None or self._change is not None:
+            return False
+        self._change = method, value
+        return True
 
     __add__, __radd__ = _operator("__add__"), _operator("__radd__")
     __sub__, __rsub__ = _operator("__sub__"), _operator("__rsub__")
@@ -257,9 +296,12 @@ class _Flat:
         Returns:
             The parts; none where the value was not changed.
         """
-        if not self._changed:
+        if self._changed:
+            self._change = "assign", self._value
+        if self._change is None:
             return []
-        parts = unpacked(self._value, self._variables)
+        method, value = self._change
+        parts = unpacked(value, self._variables)
         for variable, part in zip(self._variables, parts, strict=True):
-            variable.assign(part)
+            getattr(variable, method)(part)
         return parts
