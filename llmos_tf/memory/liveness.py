@@ -112,7 +112,7 @@ class Moment:
 
 
 def fullest_moment(
-    program: ProgramOps, inputs_count: bool = False, compiled: bool = False
+    program: ProgramOps, inputs_count: bool = False, compiled: bool = False, on_host: bool = False
 ) -> Moment:
     """Finds the moment at which a program holds most.
 
@@ -120,6 +120,7 @@ def fullest_moment(
         program: its ops.
         inputs_count: whether its inputs are its own to give back; else they are the caller's.
         compiled: whether XLA compiles it.
+        on_host: whether what the host holds is asked for, else what the device does.
 
     Returns:
         The moment.
@@ -128,15 +129,18 @@ def fullest_moment(
         >>> fullest_moment(ProgramOps(concrete.graph)).total
         8388608
     """
-    return _Run(program, inputs_count, compiled).moment
+    return _Run(program, inputs_count, compiled, on_host).moment
 
 
 class _Run:
     """Goes through a program. A *block* is a piece of memory; values may share one."""
 
-    def __init__(self, program: ProgramOps, inputs_count: bool, compiled: bool):
+    def __init__(self, program: ProgramOps, inputs_count: bool, compiled: bool, on_host: bool):
         order = program.in_order_of_execution()
-        self._sizes = _sizes_of_compiled(program, order) if compiled else program.sizes
+        self._on_host = on_host
+        self._sizes = program.sizes_at(on_host)
+        if compiled:
+            _leave_out_compiled(self._sizes, program, order)
         self._uses = Counter(i for work in order for i in work.inputs)
         self._uses.update(program.outputs)
         self._block_of: dict[int, int] = {}
@@ -148,7 +152,7 @@ class _Run:
         self._stored: dict[int, int] = {}
         # Of blocks that are variables' values, which are counted by themselves, the handles.
         self._outside: dict[int, int] = {}
-        self._variable_sizes = _variable_sizes(program, order)
+        self._variable_sizes = _variable_sizes(self._sizes, order)
         self._live = 0
         self.moment = Moment(0, "", {}, 0)
         for i in program.inputs:
@@ -243,7 +247,8 @@ class _Run:
     def _look(self, work: Work) -> None:
         inside = 0
         if work.body is not None:
-            moment = fullest_moment(work.body, work.is_loop, compiled=not work.is_loop)
+            compiled = not work.is_loop
+            moment = fullest_moment(work.body, work.is_loop, compiled, self._on_host)
             inside = moment.total
             # What the body returns, and what a loop begins with, is counted here too.
             inside -= sum(self._sizes[i] for i in work.outputs)
@@ -256,17 +261,15 @@ class _Run:
             self.moment = Moment(self._live + inside, work.name, held, inside)
 
 
-def _variable_sizes(program: ProgramOps, order: list[Work]) -> dict[int, int]:
+def _variable_sizes(sizes: list[int], order: list[Work]) -> dict[int, int]:
     """Bytes of the variables that are read, by the numbers of their handles."""
-    return {w.inputs[0]: program.sizes[w.outputs[0]] for w in order if w.kind == READS}
+    return {w.inputs[0]: sizes[w.outputs[0]] for w in order if w.kind == READS}
 
 
-def _sizes_of_compiled(program: ProgramOps, order: list[Work]) -> list[int]:
-    """Bytes of each value in a function that XLA compiles."""
-    sizes = list(program.sizes)
+def _leave_out_compiled(sizes: list[int], program: ProgramOps, order: list[Work]) -> None:
+    """Takes from bytes of values those that a function that XLA compiles does not lay down."""
     results = set(program.outputs)
     for work in order:
         for i in work.outputs:
             if work.kind in _FUSED and i not in results:
                 sizes[i] = 0
-    return sizes

@@ -143,14 +143,19 @@ class ShardedVariable(WrittenByParts, _internal.MirroredVariable):
     def _stored(self) -> tf.Tensor:
         """The component, on the rank's device; in an update where it lies."""
         program = current_program()
-        if self.host is None or program.in_update:
-            with tf.device(self.host):
-                return self.component.value()
+        if self.host is None:
+            return self.component.value()
+        if program.in_update:
+            return self._on_host()
         return program.once_in_call(("copy", id(self)), self._copied)
 
-    def _copied(self) -> tf.Tensor:
+    def _on_host(self) -> tf.Tensor:
+        # Not `value()`, which is placed by whoever uses it.
         with tf.device(self.host):
-            value = self.component.value()
+            return self.component.read_value()
+
+    def _copied(self) -> tf.Tensor:
+        value = self._on_host()
         with tf.device(None):
             return tf.identity(value)
 
