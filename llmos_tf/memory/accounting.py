@@ -49,10 +49,10 @@ def report(
         the next step), `activations`, `communication`
         (what collectives pack, gathered weights, and sums of gradients) and `other` (statistics of
         layers, states of random generators, metrics; within the step copies of weights, such as
-        those in another type; those of weights that are offloaded), and `host` (what lies in the
-        host's memory for this device, within a step at the fullest moment there; it is in no other
-        column). Where no batch is known, `gradients`, `activations` and
-        `communication` are None.
+        those in another type, and of those that are offloaded), and `host` (weights and optimizer
+        state that are offloaded: they are in no other column; gradients come and go beside them,
+        at most as many bytes as the weights that they are of). Where no batch is known,
+        `gradients`, `activations` and `communication` are None.
 
     Raises:
         ValueError: the model has no weights yet, or is to be a pipeline and its inputs are not
@@ -117,7 +117,7 @@ def _empty_row(device: str, has_step: bool) -> dict[str, Any]:
 
 
 def _count(program: DeviceProgram, host: str | None) -> dict[str, int]:
-    """Bytes of each kind at the fullest moment of a program, and those on a host."""
+    """Bytes of each kind at the fullest moment of a program, but for those on a host."""
     ops = ProgramOps(program.graph, host)
     data = [ops.inputs[i] for i in program.data]
     kinds = kinds_of_values(ops, data, {ops.inputs[i] for i in program.trained})
@@ -126,7 +126,6 @@ def _count(program: DeviceProgram, host: str | None) -> dict[str, int]:
     for value, size in moment.held.items():
         counted[kinds.get(value, "activations")] += size
     counted["activations"] += moment.inside + sum(ops.sizes[i] for i in data)
-    counted[HOST] = 0 if host is None else fullest_moment(ops, on_host=True).total
     return counted
 
 

@@ -112,7 +112,7 @@ class Moment:
 
 
 def fullest_moment(
-    program: ProgramOps, inputs_count: bool = False, compiled: bool = False, on_host: bool = False
+    program: ProgramOps, inputs_count: bool = False, compiled: bool = False
 ) -> Moment:
     """Finds the moment at which a program holds most.
 
@@ -120,7 +120,6 @@ def fullest_moment(
         program: its ops.
         inputs_count: whether its inputs are its own to give back; else they are the caller's.
         compiled: whether XLA compiles it.
-        on_host: whether what the host holds is asked for, else what the device does.
 
     Returns:
         The moment.
@@ -129,16 +128,15 @@ def fullest_moment(
         >>> fullest_moment(ProgramOps(concrete.graph)).total
         8388608
     """
-    return _Run(program, inputs_count, compiled, on_host).moment
+    return _Run(program, inputs_count, compiled).moment
 
 
 class _Run:
     """Goes through a program. A *block* is a piece of memory; values may share one."""
 
-    def __init__(self, program: ProgramOps, inputs_count: bool, compiled: bool, on_host: bool):
+    def __init__(self, program: ProgramOps, inputs_count: bool, compiled: bool):
         order = program.in_order_of_execution()
-        self._on_host = on_host
-        self._sizes = program.sizes_at(on_host)
+        self._sizes = program.device_sizes()
         if compiled:
             _leave_out_compiled(self._sizes, program, order)
         self._uses = Counter(i for work in order for i in work.inputs)
@@ -247,8 +245,7 @@ class _Run:
     def _look(self, work: Work) -> None:
         inside = 0
         if work.body is not None:
-            compiled = not work.is_loop
-            moment = fullest_moment(work.body, work.is_loop, compiled, self._on_host)
+            moment = fullest_moment(work.body, work.is_loop, compiled=not work.is_loop)
             inside = moment.total
             # What the body returns, and what a loop begins with, is counted here too.
             inside -= sum(self._sizes[i] for i in work.outputs)

@@ -3,8 +3,8 @@
 TensorFlow's executor takes ops in the order in which their inputs are ready, and the ops of a
 called function take part in that. So does this list. Of a condition the branch with more ops is
 taken. A loop stays one op with its body, but for one that works on queues, as a pipeline's: such a
-one is unrolled, turn by turn, so that what waits in the queues is seen. Of what the host makes for
-the device, or the device for the host, there is a copy.
+one is unrolled, turn by turn, so that what waits in the queues is seen. What the host makes takes
+no memory of the device; what it hands over is a copy there.
 """
 
 import math
@@ -95,7 +95,7 @@ class ProgramOps:
 
     Args:
         graph: of a concrete function.
-        host: the device of the host, where some ops are placed there; None where all are on one.
+        host: the device of the host, where some ops are placed there; None where none is.
 
     Example:
         >>> ops = ProgramOps(step.get_concrete_function(x, y).graph)
@@ -135,16 +135,9 @@ class ProgramOps:
                     ready.append(follower)
         return ready
 
-    def sizes_at(self, host: bool) -> list[int]:
-        """Returns the bytes that each value takes in one place.
-
-        Args:
-            host: whether in the memory of the host, else of the device.
-
-        Returns:
-            Bytes, 0 for the values of the other place.
-        """
-        return [size if (i in self._on_host) == host else 0 for i, size in enumerate(self.sizes)]
+    def device_sizes(self) -> list[int]:
+        """Returns the bytes that each value takes on the device: 0 for what is on the host."""
+        return [0 if i in self._on_host else size for i, size in enumerate(self.sizes)]
 
     # --- making the list --------------------------------------------------------------------------
 

@@ -20,6 +20,8 @@ from llmos_tf.planning.stages import PER_ELEMENT, stages_of_units
 from llmos_tf.planning.weights import FIRST, LAST, Weight, total, weights_of
 from llmos_tf.strategies.schedules import Schedule
 
+# What a device holds, by kind; `HOST` lies in the memory of its host.
+HOST = "host"
 KINDS = ("parameters", "gradients", "optimizer", "activations", "communication", "other")
 BUCKET_BYTES = 32 * 2**20
 # As in `strategies.fused_update`.
@@ -49,6 +51,7 @@ class Plan:
         compute_bytes: size of a number that is computed with, 4 or 2.
         bucket_bytes: of gradients that are reduced together.
         remat: "none", or "block" where each block is computed again in the backward pass.
+        offload: what lies on the host: "optimizer" and "parameters", or some of them.
 
     Raises:
         ValueError: another `remat`, rows or positions that cannot be dealt to the devices.
@@ -69,6 +72,7 @@ class Plan:
     compute_bytes: int = WIDE
     bucket_bytes: int = BUCKET_BYTES
     remat: str = "none"
+    offload: tuple[str, ...] = ()
     weights: list[Weight] = field(init=False, repr=False)
 
     def __post_init__(self):
@@ -131,7 +135,7 @@ def memory_of(plan: Plan) -> list[dict[str, int]]:
         plan: the run.
 
     Returns:
-        For each stage of the pipeline, or the only one, bytes by kind: `KINDS`.
+        For each stage of the pipeline, or the only one, bytes by kind, `KINDS`, and on its `HOST`.
     """
     return [_Stage(plan, units).memory(stage) for stage, units in enumerate(_units_by_stage(plan))]
 
@@ -154,7 +158,9 @@ class _Stage:
             "optimizer": slots + plan.optimizer_scalars,
             "other": self._copies() + within.get("other", 0.0),
         }
-        return {kind: round(whole.get(kind, within.get(kind, 0))) for kind in KINDS}
+        offloaded = {kind: whole.pop(kind) for kind in plan.offload}
+        memory = {kind: round(whole.get(kind, within.get(kind, 0))) for kind in KINDS}
+        return {**memory, HOST: sum(offloaded.values())}
 
     # --- moments ----------------------------------------------------------------------------------
 
@@ -167,7 +173,11 @@ class _Stage:
         if self._plan.update == "keras" and self._plan.decays and wide:
             # Weights decay at the beginning, into copies: the passes still read them.
             passes = [{**m, "other": WIDE * self._updated_elements()} for m in passes]
-        return [*passes, *self._buckets(), *self._update()]
+        passes += self._buckets()
+        if "parameters" in self._plan.offload:
+            copies = self._copies_of_host(self._plan.config.num_layers + 1)
+            passes = [{"other": copies, **moment} for moment in passes]
+        return [*passes, *self._update()]
 
     def _turn(self) -> list[dict[str, float]]:
         """With the logits and their slope; and with the slope and the last product's gradients."""
@@ -230,7 +240,7 @@ class _Stage:
             last = WIDE * total(head, lambda w: w.slice_elements(self._mesh))
             moments += [
                 {"activations": bytes_now + others, "gradients": last},
-                {"activations": bytes_now, "gradients": first},
+                {"activations": bytes_now, "gradients": first, "other": self._copies_of_host(1)},
             ]
         return moments
 
@@ -255,12 +265,13 @@ class _Stage:
         for number, unit in enumerate(order):
             bucket += sizes[unit]
             unfinished = max(0, blocks - number)
-            if bucket >= plan.bucket_bytes or unit == FIRST:
+            if bucket >= self._bucket_bytes() or unit == FIRST:
                 moments.append(
                     {
                         "activations": unfinished * kept,
                         "gradients": (2 if scatters else 1) * bucket,
                         "communication": bucket,
+                        "other": self._copies_of_host(unfinished),
                     }
                 )
                 bucket = 0.0
@@ -269,6 +280,8 @@ class _Stage:
     def _update(self) -> list[dict[str, float]]:
         """When the optimizer is at work."""
         plan, updated = self._plan, WIDE * self._updated_elements()
+        if plan.offload and plan.optimizer_slots:
+            return self._update_beside_host()
         if plan.update == "keras":
             # What is added to each moment is computed when its gradient is there, for all at once.
             return [{"gradients": 2 * updated}]
@@ -285,6 +298,17 @@ class _Stage:
             ]
         # Each weight when its gradient is there; that of a table in two parts, which are summed.
         return [{"gradients": 2 * WIDE * max(w.part_elements(self._mesh) for w in self._weights)}]
+
+    def _update_beside_host(self) -> list[dict[str, float]]:
+        """When a group is changed whose state, or whose weights, are on the host."""
+        updated = WIDE * self._updated_elements()
+        group = min(GROUP_BYTES, updated)
+        if "optimizer" not in self._plan.offload:
+            # Gradients, what they change and the change, and moments.
+            slots = self._plan.optimizer_slots
+            return [{"gradients": updated + 2 * group, "other": slots * group}]
+        # What comes back.
+        return [] if "parameters" in self._plan.offload else [{"gradients": group}]
 
     def _in_pipeline(self, stage: int) -> list[dict[str, float]]:
         """While the backward pass of a microbatch holds all that it was given.
@@ -368,6 +392,30 @@ class _Stage:
         if self._plan.compute_bytes == WIDE:
             return 0
         return self._plan.compute_bytes * self._kernel_elements()
+
+    def _copies_of_host(self, blocks: int) -> float:
+        """Weights of the host that so many first blocks need for their backward pass.
+
+        With one more than there are, the last product is among them. Gathered, or in 16 bits,
+        weights are needed in another form.
+        """
+        plan, mesh = self._plan, self._mesh
+        is_used = mesh.axis_size("fsdp") == 1 and plan.compute_bytes == WIDE
+        if not is_used or "parameters" not in plan.offload:
+            return 0
+        ends = [LAST] if blocks > plan.config.num_layers else []
+        needed = [
+            w for w in self._weights if w.is_kernel and w.units[-1] in (*range(blocks), *ends)
+        ]
+        return WIDE * total(needed, lambda w: w.slice_elements(mesh))
+
+    def _bucket_bytes(self) -> float:
+        """Of gradients that go on their way together; those that go to no host wait for all."""
+        if "optimizer" not in self._plan.offload:
+            return self._plan.bucket_bytes
+        # As in `strategies.buckets`.
+        quarter = min(25 * 2**20, self._gradient_bytes() / 4)
+        return min(self._plan.bucket_bytes, max(self._mesh.batch_ways * 2**18, quarter))
 
     def _kernel_elements(self) -> int:
         used = [w for w in self._weights if w.is_kernel and w.units != (FIRST,)]
