@@ -31,6 +31,7 @@ MESHES = {
 }
 OPTIMIZERS = {
     "adamw": lambda: keras.optimizers.AdamW(0.02, weight_decay=0.1),
+    "averaged": lambda: keras.optimizers.AdamW(0.02, use_ema=True),
     # A norm is a collective, in the midst of what the host does.
     "clipped": lambda: keras.optimizers.AdamW(0.02, weight_decay=0.1, global_clipnorm=0.1),
     "momentum": lambda: keras.optimizers.SGD(0.05, momentum=0.9),
@@ -106,7 +107,7 @@ ALL = [
     for m in MESHES
     for o in OPTIMIZERS
     for f in ("optimizer", "parameters", "all")
-    if o != "clipped"
+    if o not in ("clipped", "averaged")
 ]
 
 
@@ -155,6 +156,22 @@ def writes(graph, handles):
     ]
 
 
+def users_of(graph, variables):
+    """The ops that use values of variables."""
+    handles = components_by_handle(graph, variables)
+    values = [
+        op.outputs[0]
+        for op in graph.get_operations()
+        if op.type == "ReadVariableOp" and op.inputs[0].name in handles
+    ]
+    users = [user for value in values for user in value.consumers()]
+    # TensorFlow's own copy of what is read where it lies.
+    again = [u.outputs[0] for u in users if u.type == "Identity" and u.device == HOST]
+    return [u for u in users if u.device != HOST or u.type != "Identity"] + [
+        user for value in again for user in value.consumers()
+    ]
+
+
 @pytest.mark.parametrize("offload", ["optimizer", "parameters", "all"])
 def test_updates_are_computed_where_the_state_is(offload):
     """Fails if state travels to the device to be updated there, or weights to the host."""
@@ -172,16 +189,27 @@ def test_updates_are_computed_where_the_state_is(offload):
     # Adam divides by a root; batch normalization's is of another type.
     roots = [op for op in graph.get_operations() if op.type == "Sqrt"]
     assert {op.device for op in roots} == {"" if offload == "parameters" else HOST}
+    used = {user.device for user in users_of(graph, model.optimizer.variables[2:])}
+    assert used == {"" if offload == "parameters" else HOST}
+    users = users_of(graph, model.trainable_variables)
     if offload == "optimizer":
         # A change comes back, so weights need not come.
-        handles = components_by_handle(graph, model.trainable_variables)
-        reads = [op for op in graph.get_operations() if op.type == "ReadVariableOp"]
-        values = [op.outputs[0] for op in reads if op.inputs[0].name in handles]
-        users = [user for value in values for user in value.consumers()]
         assert users and {user.device for user in users} == {""}
+    else:
+        # Whatever a layer computes with is a copy.
+        assert {user.type for user in users if user.device == ""} == {"Identity"}
     # Collectives are the devices' own.
     sent = [op for op in graph.get_operations() if op.type.startswith("Collective")]
     assert sent and {op.device for op in sent} == {""}
+
+
+def test_averages_of_weights_are_kept_on_the_host():
+    """Fails if an average is copied to the device to be moved there."""
+    model = make_model("averaged", make_strategy("data", "optimizer"))
+    graph = program_of(model)
+    averages = [v for v in model.optimizer.variables if v.path.endswith("_average")]
+    assert len(averages) == len(model.trainable_variables)
+    assert {user.device for user in users_of(graph, averages)} == {HOST}
 
 
 def before(op):
