@@ -303,5 +303,7 @@ class _Flat:
         method, value = self._change
         parts = unpacked(value, self._variables)
         for variable, part in zip(self._variables, parts, strict=True):
-            getattr(variable, method)(part)
+            # Not before: what is cut of a weight would be there through the whole step.
+            with tf.control_dependencies([part]):
+                getattr(variable, method)(part)
         return parts

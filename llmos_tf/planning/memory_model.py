@@ -233,15 +233,20 @@ class _Stage:
         config, tokens = self._plan.config, self._plan.tokens
         halves = activations.while_recomputed(config, tokens)
         others = (self._num_blocks - 1) * activations.of_stream(config, tokens)
+        blocks = config.num_layers
         head = [w for w in self._weights if LAST in w.units]
+        own = [w for w in self._weights if w.units[-1] == blocks - 1]
         moments = []
         for bytes_now, kernels in zip(halves, (("down",), ("down", "up", "output/")), strict=True):
             first = self._made_before_first_block(kernels)
-            last = WIDE * total(head, lambda w: w.slice_elements(self._mesh))
-            moments += [
-                {"activations": bytes_now + others, "gradients": last},
-                {"activations": bytes_now, "gradients": first, "other": self._copies_of_host(1)},
-            ]
+            made = [*head, *(w for w in own if any(name in w.name for name in kernels))]
+            last = WIDE * total(made, lambda w: w.slice_elements(self._mesh))
+            for activated, gradients, unfinished in (
+                (bytes_now + others, last, blocks),
+                (bytes_now, first, 1),
+            ):
+                copies = self._copies_of_host(unfinished)
+                moments.append({"activations": activated, "gradients": gradients, "other": copies})
         return moments
 
     def _buckets(self) -> list[dict[str, float]]:
