@@ -13,6 +13,9 @@ from typing import Any
 
 import tensorflow as tf
 
+# Which object makes a variable: what an optimizer keeps has no other sign in common.
+from keras.src.backend.common.global_state import get_global_attribute
+
 # Base classes of the loss, trainer and optimizer that `fit` runs. Keras has no public hook between
 # "local gradients" and "update", nor one for the divisor of a loss, so the step wraps these.
 from keras.src.backend.common.name_scope import current_path
@@ -111,6 +114,7 @@ __all__ = [
     "captured_container",
     "connected_cluster",
     "could_possibly_record",
+    "current_owner",
     "current_path",
     "eager_context",
     "functions_of_keras_step",
@@ -267,6 +271,12 @@ def captured_container(tensor: Any) -> Any:
 
 # A look-up changes no table, so the devices need not take turns in it.
 register_read_only_resource_op("LookupTableFindV2")
+
+
+def current_owner() -> Any:
+    """Returns the Keras object, as an optimizer, that is making a variable, or None."""
+    scopes = get_global_attribute("name_scope_stack", default=[])
+    return scopes[-1].caller if scopes else None
 
 
 def written_captures(concrete: Any) -> list[Any]:

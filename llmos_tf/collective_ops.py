@@ -5,7 +5,8 @@ TensorFlow chains the ops of different devices of one process and they wait for 
 """
 
 import contextlib
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable
 
 import tensorflow as tf
 
@@ -19,6 +20,17 @@ Axes = str | Iterable[str]
 
 # Keys are int32; lengths that differ by this much would meet in one, and TensorFlow would say so.
 _MAX_LENGTHS = 2**31 // MAX_INSTANCES - 2
+
+
+def _on_own_device(method: Callable) -> Callable:
+    """A method whose ops a rank runs on its own device, though the host may do what is around."""
+
+    @functools.wraps(method)
+    def placed(*args, **kwargs):
+        with tf.device(None):
+            return method(*args, **kwargs)
+
+    return placed
 
 
 class Group:
@@ -64,6 +76,7 @@ class Group:
                 f"{length} is not divisible by {self.size}."
             )
 
+    @_on_own_device
     def reduce(self, x: tf.Tensor, merge_op: str = "Add") -> tf.Tensor:
         """Reduces over the group.
 
@@ -87,6 +100,7 @@ class Group:
             )
         return _unfold(y, x)
 
+    @_on_own_device
     def gather(self, x: tf.Tensor, dim: int, ends: bool = False) -> tf.Tensor:
         """Concatenates the members' tensors.
 
@@ -145,6 +159,7 @@ class Group:
         """
         return self._swap(parts, self._sends(kind, parts.dtype, parts.shape))
 
+    @_on_own_device
     def _swap(self, parts: tf.Tensor, sends: Sent) -> tf.Tensor:
         """Sends part j of ``[group, ...]`` to rank j; part j of the result is from rank j."""
         sent = self._not_empty(_one_length(self._in_transport_order(parts), self.size))
@@ -168,6 +183,7 @@ class Group:
             return tf.reshape(x, [self.size, x.shape[0] // self.size, *x.shape[1:]])
         return tf.stack(tf.split(x, self.size, dim))
 
+    @_on_own_device
     def reduce_scatter(self, x: tf.Tensor, dim: int) -> tf.Tensor:
         """Sums over the group, and gives each rank its part.
 
@@ -192,6 +208,7 @@ class Group:
         # The op has no CPU kernel; an exchange and a local sum move the same bytes.
         return tf.reduce_sum(self._swap(self.stack_parts(x, dim), sends), axis=0)
 
+    @_on_own_device
     def permute(self, x: tf.Tensor, shift: int) -> tf.Tensor:
         """Sends a tensor to the rank `shift` places on, around the group.
 

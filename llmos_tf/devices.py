@@ -93,6 +93,28 @@ def resolve(mesh: Mesh) -> Mesh:
     return mesh.with_devices([_full_name(device) for device in visible[: mesh.size]])
 
 
+def host(device: str | None = None) -> str:
+    """Returns the full name of the device whose memory is that of the host.
+
+    Args:
+        device: a CPU device of this process; None for the first one.
+
+    Returns:
+        Its full name.
+
+    Raises:
+        ValueError: there is no such CPU device here.
+    """
+    own = [d.name for d in tf.config.list_logical_devices("CPU") if is_local(d.name)]
+    names = {_full_name(name): name for name in own}
+    wanted = _full_name(own[0] if device is None else device)
+    if wanted not in names:
+        raise ValueError(
+            f"The host is a CPU device of this process: {', '.join(own)}. Received: {device!r}."
+        )
+    return wanted
+
+
 def is_local(device: str) -> bool:
     """Returns whether a device belongs to this process.
 

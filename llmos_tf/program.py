@@ -63,6 +63,8 @@ class ReplicaProgram(_internal.ReplicaContext):
         # Set while an optimizer runs: what it assigns is the same on every rank already, and with
         # `update_parts` it reads and writes each rank's own part of a variable only.
         self.in_update = False
+        # The device on which an optimizer computes; None for the rank's own.
+        self.update_device: str | None = None
         # Whether only variables that this stage holds are used, as in a pipeline.
         self.own_stage = False
         self.update_parts = False

@@ -57,6 +57,11 @@ flags.DEFINE_string(
     "What the backward pass computes again in place of keeping it: none, full, block, selective, "
     "or the bytes that blocks may keep on a device.",
 )
+flags.DEFINE_string(
+    "offload",
+    None,
+    "What lies in the host's memory in place of the devices': optimizer, parameters or all.",
+)
 flags.DEFINE_integer("virtual_devices", None, "CPU devices to make; by default what --mesh needs.")
 flags.DEFINE_integer("global_batch", 16, "Sequences in a step, over all devices.")
 flags.DEFINE_integer("seq_len", None, "Tokens in a sequence; by default all the model's positions.")

@@ -31,6 +31,7 @@ class RunOptions:
     context_method: str
     gradient_compression: str | None
     rematerialise: str
+    offload: str | None
     virtual_devices: int | None
     global_batch: int
     seq_len: int | None
@@ -65,6 +66,7 @@ class RunOptions:
                 f"--rematerialise is one of {', '.join(REMATERIALISE)}, or a number of bytes. "
                 f"Received: {self.rematerialise!r}."
             )
+        MeshOptions(offload=self.offload).resolved(self.parsed_mesh)
         microbatches = self.microbatches or self.parsed_mesh.axis_size("pipe")
         ways, of = self.parsed_mesh.batch_ways * microbatches, "data × fsdp"
         if microbatches > 1:
@@ -162,6 +164,7 @@ class PlanOptions:
     zero_stage: int
     sequence_parallel: bool
     context_method: str
+    offload: str | None
 
     def __post_init__(self):
         if not self.draw_schedule and not self.mesh:
@@ -208,6 +211,7 @@ class PlanOptions:
             schedule=schedule,
             num_microbatches=self.microbatches if mesh.axis_size("pipe") > 1 else None,
             num_chunks=self.num_chunks,
+            offload=self.offload,
         ).resolved(mesh)
         return {
             "global_batch": self.global_batch,
@@ -218,6 +222,7 @@ class PlanOptions:
             "schedule": options.schedule,
             "num_microbatches": options.num_microbatches,
             "num_chunks": options.num_chunks,
+            "offload": options.offload,
         }
 
 

@@ -6,7 +6,8 @@
     llmos-plan --draw_schedule=interleaved --stages=4 --microbatches=8 --num_chunks=2
 
 With --mesh it prints what each device holds at the fullest moment of a step with AdamW in float32:
-parameters, gradients, optimizer state, activations, communication, and copies of weights.
+parameters, gradients, optimizer state, activations, communication, and copies of weights; with
+--offload also what lies on the host for each.
 
 With --draw_schedule it prints a row for each stage and a column for each tick, the bubble (what the
 stage with the longest span waits in it) with the published formula, the activations that each stage
@@ -24,7 +25,7 @@ from llmos_tf import memory
 from llmos_tf.mesh import Mesh
 from llmos_tf.models.presets import get_preset
 from llmos_tf.planning import draw_png, draw_text, published_bubble, simulate, text_legend
-from llmos_tf.planning.memory_model import KINDS
+from llmos_tf.planning.memory_model import HOST, KINDS
 from llmos_tf.scripts.flags import FLAGS, plan_options_from_flags, refuse, refusing_misuse, start
 from llmos_tf.scripts.options import PlanOptions
 from llmos_tf.strategies.schedules import Schedule, make_schedule
@@ -37,6 +38,7 @@ _FLAGS = (
     "zero_stage",
     "sequence_parallel",
     "context_method",
+    "offload",
     "schedule",
     "draw_schedule",
     "stages",
@@ -76,14 +78,17 @@ def _plan_memory(options: PlanOptions) -> int:
     run, mesh = options.run_options(FLAGS.schedule), Mesh.from_string(options.mesh)
     rows = memory.estimate(get_preset(options.preset), mesh, **run)
     by_stage = {mesh.coordinate(rank)["pipe"]: row for rank, row in enumerate(rows)}
-    stages = [{kind: row[kind] for kind in KINDS} for row in by_stage.values()]
+    stages = [{kind: row[kind] for kind in (*KINDS, HOST)} for row in by_stage.values()]
     names = ["each device"] if len(stages) == 1 else [f"stage {i}" for i in range(len(stages))]
     print(f"{options.preset} on {mesh}, {options.global_batch} rows a step, bytes of a device:\n")
     width = max(map(len, KINDS)) + 1
     print(" " * width + "".join(f"{name:>16}" for name in names))
     for kind in KINDS:
         print(f"{kind:{width}}" + "".join(f"{row[kind]:16,}" for row in stages))
-    print(f"{'total':{width}}" + "".join(f"{sum(row.values()):16,}" for row in stages))
+    totals = [sum(row[kind] for kind in KINDS) for row in stages]
+    print(f"{'total':{width}}" + "".join(f"{total:16,}" for total in totals))
+    if options.offload:
+        print(f"{'on the host':{width}}" + "".join(f"{row[HOST]:16,}" for row in stages))
     if options.json:
         result = {"preset": options.preset, "mesh": str(mesh), **run, "stages": stages}
         Path(options.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

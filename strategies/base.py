@@ -73,6 +73,10 @@ class MeshExtended(_internal.MirroredExtended):
         hook_steps()
         hook_fit()
         self.communication = _communication(local)
+        # The device on which optimizer state and weights lie that are offloaded, or None.
+        host = devices.host(options.host_device) if options.offload else None
+        self.host_of_state = host if "optimizer" in options.offload else None
+        self.host_of_parameters = host if "parameters" in options.offload else None
         # Whether collectives may be edges of the graph; see `strategies.phases`.
         self.shares_memory = _shares_memory(mesh, local)
         self.collective_keys = CollectiveKeys(mesh)

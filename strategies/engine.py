@@ -187,7 +187,7 @@ class Engine:
 
     def _program(self, coordinate: tf.Tensor, position: int) -> ReplicaProgram:
         extended = self._extended
-        return ReplicaProgram(
+        program = ReplicaProgram(
             extended.container_strategy(),
             extended.mesh,
             coordinate,
@@ -199,6 +199,8 @@ class Engine:
             position,
             extended.stage_of_position(position),
         )
+        program.update_device = extended.host_of_state
+        return program
 
     def _call(self, concrete: Any, position: int, inputs: list[tf.Tensor]) -> Any:
         """Places a call of a program on the device of a local rank."""

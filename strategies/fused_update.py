@@ -19,8 +19,9 @@ import keras
 import tensorflow as tf
 
 from llmos_tf.fusion import is_large
+from llmos_tf.program import current_program
 from llmos_tf.sharding import ShardedVariable
-from llmos_tf.strategies.buckets import packed, plan_buckets
+from llmos_tf.strategies.buckets import creation_order, packed, plan_buckets
 from llmos_tf.strategies.stand_ins import EndToEnd, Held, numbers_of, optimizer_for, slots_of
 
 # What a group reads and writes stays in a processor's cache, and no copy of all weights is made.
@@ -81,13 +82,15 @@ def fused_update(original: Callable) -> Callable:
         if not is_known(optimizer):
             original(optimizer, distribution, grads_and_vars, learning_rate)
             return
-        by_rows, large, small = [], [], []
+        by_rows, compiled, others = [], [], []
         for gradient, variable in grads_and_vars:
-            kind = by_rows if _is_by_rows(gradient) else large if is_large(gradient) else small
+            is_compiled = _is_compiled(optimizer, gradient, variable)
+            kind = by_rows if _is_by_rows(gradient) else compiled if is_compiled else others
             kind.append((gradient, variable))
         original(optimizer, distribution, by_rows, learning_rate)
-        _update_compiled(optimizer, large, learning_rate)
-        _update_groups(optimizer, small, learning_rate)
+        with tf.device(_device_of(optimizer)):
+            _update_compiled(optimizer, compiled, learning_rate)
+            _update_groups(optimizer, others, learning_rate)
 
     return update
 
@@ -103,13 +106,13 @@ def decay_weights(
         variables: what it is about to update.
     """
     for gradient, variable in zip(gradients, variables, strict=True):
-        if not _is_by_rows(gradient) and is_large(gradient):
+        if _is_compiled(optimizer, gradient, variable):
             continue
         factor = _decay(optimizer, variable)
         if factor is None:
             continue
         # Not before: a copy of all weights would be there through the whole step.
-        with tf.control_dependencies([gradient]):
+        with tf.device(variable.host), tf.control_dependencies([gradient]):
             variable.assign_sub(variable.read() * factor)
 
 
@@ -123,6 +126,23 @@ def _decay(optimizer: Any, variable: ShardedVariable) -> tf.Tensor | None:
 
 def _is_by_rows(gradient: Any) -> bool:
     return isinstance(gradient, tf.IndexedSlices)
+
+
+def _device_of(optimizer: Any) -> str | None:
+    """Where an optimizer computes: with its state, or with the weights if it has none."""
+    program = current_program()
+    return (
+        program.update_device
+        if slots_of(optimizer)
+        else program.strategy.extended.host_of_parameters
+    )
+
+
+def _is_compiled(optimizer: Any, gradient: Any, variable: ShardedVariable) -> bool:
+    """Whether a weight is updated by a compiled function, which has one device."""
+    if _is_by_rows(gradient) or variable.host != _device_of(optimizer):
+        return False
+    return is_large(gradient)
 
 
 # --- one by one, compiled ------------------------------------------------------------------------
@@ -188,7 +208,7 @@ def _place_of(variable: ShardedVariable) -> tf.Tensor:
 
 
 def _update_groups(optimizer: Any, grads_and_vars: Sequence[Any], learning_rate: Any) -> None:
-    groups = _groups([variable for _, variable in grads_and_vars])
+    groups = _groups(*zip(*grads_and_vars, strict=True)) if grads_and_vars else []
     slots = slots_of(optimizer)
     # One after another: copies of all groups at once would be several of all weights.
     previous: list[tf.Tensor] = []
@@ -197,9 +217,11 @@ def _update_groups(optimizer: Any, grads_and_vars: Sequence[Any], learning_rate:
         with tf.control_dependencies([*previous, *gradients]):
             gradient = packed(gradients)
         indices = [optimizer._get_variable_index(variable) for variable in variables]
-        weights = EndToEnd(variables)
+        device = _device_of(optimizer)
+        weights = EndToEnd(variables, device)
         states = {
-            name: [EndToEnd([of_slot[i].value for i in indices])] for name, of_slot in slots.items()
+            name: [EndToEnd([of_slot[i].value for i in indices], device)]
+            for name, of_slot in slots.items()
         }
         # What is read before that would be there, as a copy, through the whole step.
         with tf.control_dependencies([gradient]):
@@ -208,10 +230,17 @@ def _update_groups(optimizer: Any, grads_and_vars: Sequence[Any], learning_rate:
         previous = [value for values in changed for value in values.store()]
 
 
-def _groups(variables: Sequence[ShardedVariable]) -> list[tuple[int, ...]]:
-    """Groups variables of one dtype, in order, up to `GROUP_BYTES`."""
+def _groups(
+    gradients: Sequence[tf.Tensor], variables: Sequence[ShardedVariable]
+) -> list[tuple[int, ...]]:
+    """Groups variables of one dtype, in order, up to `GROUP_BYTES`.
+
+    The order is theirs; on a host, which works beside the device, that of their gradients.
+    """
     dtypes = {i: variable.dtype for i, variable in enumerate(variables)}
     sizes = {i: v.shape.num_elements() * v.dtype.size for i, v in enumerate(variables)}
     limits = dict.fromkeys(dtypes.values(), GROUP_BYTES)
-    buckets = plan_buckets(dtypes, sizes, {i: i for i in dtypes}, limits)
+    offloads = current_program().update_device is not None
+    made = creation_order(dict(enumerate(gradients))) if offloads else {i: i for i in dtypes}
+    buckets = plan_buckets(dtypes, sizes, made, limits)
     return [bucket.members for bucket in buckets]

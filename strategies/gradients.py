@@ -120,11 +120,13 @@ def gather_updated_parts(program: ReplicaProgram) -> None:
     parts = {i: part for i, (_, part) in enumerate(pending)}
     for bucket in _buckets(program, plans, parts, creation_order(parts)):
         (axis,) = bucket.key.scatter_axes
-        components = [pending[i][0].component for i in bucket.members]
+        owners = [pending[i][0] for i in bucket.members]
+        components = [variable.component for variable in owners]
         flat = collectives.all_gather(packed([parts[i] for i in bucket.members]), axis)
         rows = tf.reshape(flat, [program.mesh.axis_size(axis), -1])
-        for component, whole in zip(components, unpacked_rows(rows, components), strict=True):
-            component.assign(whole)
+        for variable, whole in zip(owners, unpacked_rows(rows, components), strict=True):
+            with tf.device(variable.host):
+                variable.component.assign(whole)
 
 
 def _lookup_gradient(gradient: Any, variable: ShardedVariable) -> tf.IndexedSlices | None:

@@ -1,6 +1,6 @@
 """The general strategy: any mesh."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import tensorflow as tf
 
@@ -44,6 +44,13 @@ class MeshStrategy(tf.distribute.MirroredStrategy):
             2205.05198); "full": every layer of the model keeps its inputs only; or the bytes that
             blocks may keep together on a device, from which the cheapest of these ways is chosen
             for each. None is "none". See `strategies.recomputation`.
+        offload: what lies in the memory of the host in place of the devices. "optimizer": the state
+            of the optimizer, with accumulated gradients and averages of weights; it is updated
+            there, and of each weight a gradient goes to the host and a change comes back
+            (ZeRO-Offload, arXiv 2101.06840). "parameters": trained weights, which are copied to the
+            device where they are used. A tuple of both, or "all"; None for nothing.
+        host_device: the device that is the host, such as "CPU:0", which None takes: a CPU device of
+            this process.
 
     Raises:
         ValueError: the mesh does not fit the devices, or the options do not fit the mesh.
@@ -75,6 +82,8 @@ class MeshStrategy(tf.distribute.MirroredStrategy):
         gradient_compression: str | None = None,
         powersgd_rank: int | None = None,
         rematerialise: str | int | None = None,
+        offload: str | Iterable[str] | None = None,
+        host_device: str | None = None,
     ):
         if not isinstance(mesh, Mesh):
             raise ValueError(
@@ -93,6 +102,8 @@ class MeshStrategy(tf.distribute.MirroredStrategy):
             gradient_compression=gradient_compression,
             powersgd_rank=powersgd_rank,
             rematerialise=rematerialise,
+            offload=offload,
+            host_device=host_device,
         ).resolved(mesh)
         extended = MeshExtended(self, devices.resolve(mesh), options)
         # Past MirroredStrategy's own constructor, which would make its own `extended`.

@@ -1,6 +1,6 @@
 """The options of a mesh strategy beside its mesh, checked against it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from llmos_tf.mesh import Mesh
@@ -10,6 +10,7 @@ CONTEXT_METHODS = ("ring", "ulysses")
 COMPRESSIONS = ("bf16", "fp16", "int8", "powersgd")
 DEFAULT_RANK = 4
 REMATERIALISE = ("none", "full", "block", "selective")
+OFFLOAD = ("optimizer", "parameters")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,8 @@ class MeshOptions:
     gradient_compression: str | None = None
     powersgd_rank: int | None = None
     rematerialise: str | int | None = "none"
+    offload: str | Iterable[str] | None = None
+    host_device: str | None = None
 
     def resolved(self, mesh: Mesh) -> "MeshOptions":
         """Checks that the options fit a mesh, and says what was left open.
@@ -40,7 +43,8 @@ class MeshOptions:
             mesh: the mesh.
 
         Returns:
-            The options, with a number of microbatches, and a rank for PowerSGD.
+            The options, with a number of microbatches, a rank for PowerSGD, and what is offloaded
+            as a tuple of names of `OFFLOAD`.
 
         Raises:
             ValueError: an option that is out of range, or needs an axis that the mesh lacks.
@@ -53,6 +57,8 @@ class MeshOptions:
             options = replace(options, powersgd_rank=DEFAULT_RANK)
         if self.rematerialise is None:
             options = replace(options, rematerialise="none")
+        options = replace(options, offload=offloaded(self.offload))
+        options._check_offload(mesh)
         options._check_zero(mesh)
         options._check_rematerialise(mesh)
         options._check_positions(mesh)
@@ -89,6 +95,19 @@ class MeshOptions:
                 f"rematerialise={option} is a number of bytes, which is for meshes without a pipe "
                 "axis: how many microbatches a stage keeps depends on how the model is cut. "
                 f"Received: the mesh {mesh}. Take 'block' or 'selective'."
+            )
+
+    def _check_offload(self, mesh: Mesh) -> None:
+        if self.host_device is not None and not self.offload:
+            raise ValueError(
+                f"host_device={self.host_device!r} says where offload puts what it takes from the "
+                "devices. Received: offload=None. Add offload='optimizer', or leave it out."
+            )
+        if "parameters" in self.offload and mesh.axis_size("pipe") > 1:
+            raise ValueError(
+                "A pipeline hands its weights to the loops of its stages, which hold them on the "
+                f"device for the whole step. Received: offload={self.offload} with the mesh "
+                f"{mesh}. Take offload='optimizer', or fsdp in place of pipe."
             )
 
     def _check_positions(self, mesh: Mesh) -> None:
@@ -176,3 +195,31 @@ class MeshOptions:
         if stages == 1:
             return None
         return make_schedule(self.schedule, stages, self.num_microbatches, self.num_chunks)
+
+
+def offloaded(option: str | Iterable[str] | None) -> tuple[str, ...]:
+    """Returns what the option `offload` names.
+
+    Args:
+        option: a name of `OFFLOAD`, several of them, "all", or None.
+
+    Returns:
+        Names of `OFFLOAD`, in its order.
+
+    Raises:
+        ValueError: another name.
+
+    Example:
+        >>> offloaded("all")
+        ('optimizer', 'parameters')
+    """
+    if option is None or isinstance(option, str):
+        names = {None: (), "all": OFFLOAD}.get(option, (option,))
+    else:
+        names = tuple(option) if isinstance(option, Iterable) else (option,)
+    if not set(names) <= set(OFFLOAD):
+        raise ValueError(
+            f"offload is None, {', '.join(map(repr, OFFLOAD))}, a tuple of both, or 'all', which "
+            f"is the same. Received: {option!r}."
+        )
+    return tuple(name for name in OFFLOAD if name in names)

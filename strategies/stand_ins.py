@@ -151,27 +151,57 @@ class Held(_StandIn):
 class EndToEnd(_StandIn):
     """Variables laid end to end.
 
+    Those that lie elsewhere than the optimizer computes are not read to be changed: what is added
+    to them goes there.
+
     Args:
         variables: of one dtype.
+        device: on which the optimizer computes; None for that of the rank.
     """
 
-    def __init__(self, variables: Sequence[ShardedVariable]):
+    def __init__(self, variables: Sequence[ShardedVariable], device: str | None):
         shape = tf.TensorShape([sum(v.shape.num_elements() for v in variables)])
         super().__init__(shape, variables[0].dtype)
         self._variables = variables
+        self._is_elsewhere = any(variable.host != device for variable in variables)
+        # The method of a variable and its argument, for one that was not read.
+        self._change: tuple[str, tf.Tensor] | None = None
 
     def _read(self) -> tf.Tensor:
-        return packed([variable.read() for variable in self._variables])
+        value = packed([variable.read() for variable in self._variables])
+        if self._change is None:
+            return value
+        (method, change), self._change = self._change, None
+        self._changed = True
+        return value + change if method == "assign_add" else value - change
+
+    def assign_add(self, value: tf.Tensor) -> None:
+        if not self._leaves("assign_add", value):
+            super().assign_add(value)
+
+    def assign_sub(self, value: tf.Tensor) -> None:
+        if not self._leaves("assign_sub", value):
+            super().assign_sub(value)
+
+    def _leaves(self, method: str, value: tf.Tensor) -> bool:
+        """Whether a change is left to the variables: the first one, of what was not read."""
+        if not self._is_elsewhere or self._value is not None or self._change is not None:
+            return False
+        self._change = method, value
+        return True
 
     def store(self) -> list[tf.Tensor]:
-        """Gives the variables their parts of what was assigned.
+        """Gives the variables their parts of what was assigned, or of what is to be added.
 
         Returns:
             The parts; none where nothing was.
         """
-        if not self._changed:
+        method, value = self._change or ("assign", self._value if self._changed else None)
+        if value is None:
             return []
-        parts = unpacked(self._value, self._variables)
+        parts = unpacked(value, self._variables)
         for variable, part in zip(self._variables, parts, strict=True):
-            variable.assign(part)
+            # Not before: what is cut of a weight would be there through the whole step.
+            with tf.control_dependencies([part]):
+                getattr(variable, method)(part)
         return parts

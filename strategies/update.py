@@ -53,7 +53,8 @@ def apply_gradients(optimizer: Any, gradients: Sequence[Any], variables: Any = N
         gradients = sync_gradients(program, gradients, stored)
     scale = optimizer.loss_scale_factor
     if scale is not None:
-        gradients = [ops.divide(gradient, scale) for gradient in gradients]
+        with tf.device(program.update_device):
+            gradients = [ops.divide(gradient, scale) for gradient in gradients]
     _accumulate_and_update(program, optimizer, gradients, variables)
     if optimizer.use_ema:
         _update_averages(program, optimizer)
@@ -114,6 +115,7 @@ def _accumulate_and_update(program, optimizer, gradients, variables) -> None:
     if not steps:
         _update(program, optimizer, gradients, variables)
         return
+    where = program.update_device
     gradients = [
         update_part(program, g, _stored(v)) for g, v in zip(gradients, variables, strict=True)
     ]
@@ -123,15 +125,15 @@ def _accumulate_and_update(program, optimizer, gradients, variables) -> None:
     ]
 
     def update():
-        with program.having(in_update=True, update_parts=True):
+        with tf.device(where), program.having(in_update=True, update_parts=True):
             means = [(g + s) / steps for g, s in zip(gradients, sums, strict=True)]
         _update(program, optimizer, means, variables)
-        with program.having(in_update=True, update_parts=True):
+        with tf.device(where), program.having(in_update=True, update_parts=True):
             for total in sums:
                 total.assign(tf.zeros(total.component.shape, total.dtype))
 
     def add():
-        with program.having(in_update=True, update_parts=True):
+        with tf.device(where), program.having(in_update=True, update_parts=True):
             for gradient, total in zip(gradients, sums, strict=True):
                 total.assign_add(gradient)
 
@@ -140,7 +142,13 @@ def _accumulate_and_update(program, optimizer, gradients, variables) -> None:
 
 
 def _update(program: ReplicaProgram, optimizer: Any, gradients, variables) -> None:
-    """Clip, decay, and the optimizer's own update rule."""
+    """Clip, decay, and the optimizer's own update rule, where the optimizer's state is."""
+    with tf.device(program.update_device):
+        _change_weights(program, optimizer, gradients, variables)
+    gather_updated_parts(program)
+
+
+def _change_weights(program: ReplicaProgram, optimizer: Any, gradients, variables) -> None:
     stored = [_stored(variable) for variable in variables]
     gradients = clip_gradients(program, optimizer, gradients, stored)
     if not variables:
@@ -161,7 +169,8 @@ def _update(program: ReplicaProgram, optimizer: Any, gradients, variables) -> No
             optimizer._apply_weight_decay(variables)
         if any(isinstance(gradient, tf.IndexedSlices) for gradient in gradients):
             # The update by rows reads the whole variable, decayed.
-            gather_updated_parts(program)
+            with tf.device(None):
+                gather_updated_parts(program)
         with _internal.patched(
             {
                 (_internal.keras_core.Variable, "shape"): _shape_as_read,
@@ -169,7 +178,6 @@ def _update(program: ReplicaProgram, optimizer: Any, gradients, variables) -> No
             }
         ):
             optimizer._backend_update_step(gradients, variables, optimizer.learning_rate)
-    gather_updated_parts(program)
 
 
 def _update_averages(program: ReplicaProgram, optimizer: Any) -> None:
@@ -192,7 +200,8 @@ def _update_averages(program: ReplicaProgram, optimizer: Any) -> None:
         for variable, average in pairs:
             started = tf.cast(tf.not_equal(optimizer.iterations, 0), variable.dtype)
             momentum = started * tf.constant(optimizer.ema_momentum, variable.dtype)
-            average.assign(momentum * average.read() + (1 - momentum) * variable.read())
+            with tf.device(average.host):
+                average.assign(momentum * average.read() + (1 - momentum) * variable.read())
     if optimizer.ema_overwrite_frequency:
         due = tf.equal((optimizer.iterations + 1) % optimizer.ema_overwrite_frequency, 0)
         tf.cond(due, lambda: _done(overwrite), lambda: tf.constant(True))

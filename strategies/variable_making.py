@@ -32,8 +32,10 @@ def make_variable(extended: Any, next_creator: Callable, kwargs: dict[str, Any])
     initial = _initial_value(kwargs)
     strategy = extended.container_strategy()
 
+    host = _host_of(extended, kwargs, beside)
+
     def make(value, layout):
-        return _components(extended, next_creator, name, kwargs, value, layout)
+        return _components(extended, next_creator, name, kwargs, value, layout, host)
 
     if kwargs.get("synchronization") == tf.VariableSynchronization.ON_READ:
         whole = Layout((None,) * initial.shape.rank)
@@ -52,6 +54,7 @@ def make_variable(extended: Any, next_creator: Callable, kwargs: dict[str, Any])
         update_layout,
         shape,
         path,
+        host,
     )
     if waits:
         variable.wait(make)
@@ -82,6 +85,17 @@ def _layouts(
     return layout, update_layout.effective(extended.mesh)
 
 
+def _host_of(extended: Any, kwargs: dict, beside: Any) -> str | None:
+    """The host's device for what is offloaded to it, else None."""
+    is_state = isinstance(_internal.current_owner(), _internal.BaseOptimizer)
+    if is_state or isinstance(beside, ShardedVariable):
+        return extended.host_of_state
+    # What is not trained, as statistics, counters and metrics, is written in every pass.
+    dtype = tf.as_dtype(kwargs.get("dtype") or tf.float32)
+    is_weight = kwargs.get("trainable") is not False and dtype.is_floating
+    return extended.host_of_parameters if is_weight else None
+
+
 def _on_host(
     extended: Any, next_creator: Callable, name: str, kwargs: dict, initial: tf.Tensor
 ) -> list[tf.Variable]:
@@ -98,14 +112,15 @@ def _components(
     kwargs: dict,
     value: tf.Tensor,
     layout: Layout,
+    host: str | None,
 ) -> list[tf.Variable]:
-    """One variable on each local rank's device, with that rank's part of a value."""
+    """One variable for each local rank, on its device or the host, with its part of a value."""
     components = []
     for position, rank in enumerate(extended.local_ranks):
         with tf.init_scope(), _internal.stop_recording():
             with tf.device("CPU:0"):
                 part = layout.part_of(value, extended.mesh, rank)
-            with tf.device(extended.mesh.devices[rank]):
+            with tf.device(host or extended.mesh.devices[rank]):
                 own_name = name if position == 0 else f"{name}/rank_{rank}/"
                 components.append(next_creator(**_component_arguments(kwargs, own_name, part)))
     return components

@@ -11,6 +11,7 @@ from llmos_tf.memory.kinds import OTHER, kinds_of_values
 from llmos_tf.memory.liveness import fullest_moment
 from llmos_tf.memory.program_ops import ProgramOps
 
+HOST = "host"
 _IN_A_STEP = ("gradients", "activations", "communication")
 
 
@@ -48,8 +49,10 @@ def report(
         the next step), `activations`, `communication`
         (what collectives pack, gathered weights, and sums of gradients) and `other` (statistics of
         layers, states of random generators, metrics; within the step copies of weights, such as
-        those in another type). Where no batch is known, `gradients`, `activations` and
-        `communication` are None.
+        those in another type, and of those that are offloaded), and `host` (weights and optimizer
+        state that are offloaded: they are in no other column; gradients come and go beside them,
+        at most as many bytes as the weights that they are of). Where no batch is known,
+        `gradients`, `activations` and `communication` are None.
 
     Raises:
         ValueError: the model has no weights yet, or is to be a pipeline and its inputs are not
@@ -85,12 +88,14 @@ def report(
     # A variable's parts are in rank order, and every rank holds a part of every variable.
     rows: dict[str, dict[str, Any]] = {}
     for kind, variables in (("parameters", trainable), ("optimizer", state), ("other", others)):
-        for part in _parts(variables):
-            row = rows.setdefault(part.device, _empty_row(part.device, concrete is not None))
-            row[kind] += part.shape.num_elements() * part.dtype.size
+        for device, host, part in _parts(variables):
+            row = rows.setdefault(device, _empty_row(device, concrete is not None))
+            row[kind if host is None else HOST] += part.shape.num_elements() * part.dtype.size
     if concrete is not None:
-        for program in device_programs(concrete, list(_parts([*trainable, *state]))):
-            counted = _count(program)
+        parts = list(_parts([*trainable, *state]))
+        host = next((host for _, host, _ in parts if host is not None), None)
+        for program in device_programs(concrete, [part for *_, part in parts]):
+            counted = _count(program, host)
             for device in program.devices or tuple(rows):
                 for kind, size in counted.items():
                     rows[_canonical(device)][kind] += size
@@ -107,12 +112,13 @@ def _empty_row(device: str, has_step: bool) -> dict[str, Any]:
         "activations": within,
         "communication": within,
         "other": 0,
+        HOST: 0,
     }
 
 
-def _count(program: DeviceProgram) -> dict[str, int]:
-    """Bytes of each kind at the fullest moment of a program."""
-    ops = ProgramOps(program.graph)
+def _count(program: DeviceProgram, host: str | None) -> dict[str, int]:
+    """Bytes of each kind at the fullest moment of a program, but for those on a host."""
+    ops = ProgramOps(program.graph, host)
     data = [ops.inputs[i] for i in program.data]
     kinds = kinds_of_values(ops, data, {ops.inputs[i] for i in program.trained})
     moment = fullest_moment(ops)
@@ -127,8 +133,19 @@ def _canonical(device: str) -> str:
     return tf.DeviceSpec.from_string(device).to_string()
 
 
-def _parts(variables: Iterable[keras.Variable]) -> Iterable[tf.Variable]:
-    """Every `tf.Variable` that holds a part of one of `variables`, once."""
+def _parts(
+    variables: Iterable[keras.Variable],
+) -> Iterable[tuple[str, str | None, tf.Variable]]:
+    """Every `tf.Variable` that holds a part of one of `variables`, once, with whose part it is.
+
+    Yields:
+        The device of the rank, the host's if the part lies there, and the part.
+    """
     for variable in {id(v): v for v in variables}.values():
         inner = getattr(variable, "_value", variable)
-        yield from inner.values if isinstance(inner, tf.distribute.DistributedValues) else [inner]
+        host = getattr(inner, "host", None)
+        parts = inner.values if isinstance(inner, tf.distribute.DistributedValues) else [inner]
+        owners = [part.device for part in parts]
+        if host is not None:
+            owners = inner.distribute_strategy.extended.worker_devices
+        yield from ((owner, host, part) for owner, part in zip(owners, parts, strict=True))

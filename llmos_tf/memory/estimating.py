@@ -1,5 +1,6 @@
 """The table of `llmos_tf.memory.report` of a model that is not built."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import keras
@@ -7,6 +8,7 @@ import keras
 from llmos_tf.config import ModelConfig
 from llmos_tf.mesh import Mesh
 from llmos_tf.planning.memory_model import Plan, memory_of
+from llmos_tf.strategies.options import MeshOptions
 from llmos_tf.strategies.schedules import make_schedule
 
 # Compute types of Keras's policies, in bytes. Weights are float32.
@@ -29,6 +31,7 @@ def estimate(
     dtype_policy: str = "float32",
     remat: str = "none",
     bucket_bytes: int | None = None,
+    offload: str | Iterable[str] | None = None,
 ) -> list[dict[str, Any]]:
     """Returns what `report` would count, by closed formulas: nothing is built or traced.
 
@@ -53,6 +56,7 @@ def estimate(
         remat: "none", or "block" where each block is computed again in the backward pass, as in
             `keras.RematScope("list_of_layers", layer_names=[...])` of all blocks.
         bucket_bytes: as for `MeshStrategy`.
+        offload: as for `MeshStrategy`.
 
     Returns:
         A dict for each device of the mesh, in rank order: `device`, its name in the mesh or, where
@@ -75,6 +79,12 @@ def estimate(
             f"dtype_policy is one of {', '.join(_POLICIES)}. Received: {dtype_policy!r}."
         )
     stages = mesh.axis_size("pipe")
+    offload = MeshOptions(offload=offload).resolved(mesh).offload
+    if offload and without_strategy:
+        raise ValueError(
+            f"offload={offload} is an option of MeshStrategy, and mesh=None is a run without one. "
+            "Give a mesh, which may be Mesh() for one device."
+        )
     optimizer = keras.optimizers.get(optimizer)
     slots, scalars = _state_of(optimizer)
     pipeline = None
@@ -96,6 +106,7 @@ def estimate(
         compute_bytes=_POLICIES[dtype_policy],
         bucket_bytes=bucket_bytes,
         remat=remat,
+        offload=offload,
     )
     by_stage = memory_of(plan)
     names = mesh.devices or [f"rank {rank}" for rank in range(mesh.size)]

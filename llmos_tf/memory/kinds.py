@@ -3,7 +3,7 @@
 from collections.abc import Container, Iterable
 
 from llmos_tf.memory.liveness import OVERWRITES, READS
-from llmos_tf.memory.program_ops import ProgramOps, Work
+from llmos_tf.memory.program_ops import COPIES, ProgramOps, Work
 
 ACTIVATIONS, GRADIENTS, COMMUNICATION, OTHER = (
     "activations",
@@ -15,6 +15,7 @@ ACTIVATIONS, GRADIENTS, COMMUNICATION, OTHER = (
 _MOVES = frozenset(
     [
         "ConcatV2",
+        COPIES,
         "GatherV2",
         "IdentityN",
         "Pack",

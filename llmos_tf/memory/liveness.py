@@ -136,7 +136,9 @@ class _Run:
 
     def __init__(self, program: ProgramOps, inputs_count: bool, compiled: bool):
         order = program.in_order_of_execution()
-        self._sizes = _sizes_of_compiled(program, order) if compiled else program.sizes
+        self._sizes = program.device_sizes()
+        if compiled:
+            _leave_out_compiled(self._sizes, program, order)
         self._uses = Counter(i for work in order for i in work.inputs)
         self._uses.update(program.outputs)
         self._block_of: dict[int, int] = {}
@@ -148,7 +150,7 @@ class _Run:
         self._stored: dict[int, int] = {}
         # Of blocks that are variables' values, which are counted by themselves, the handles.
         self._outside: dict[int, int] = {}
-        self._variable_sizes = _variable_sizes(program, order)
+        self._variable_sizes = _variable_sizes(self._sizes, order)
         self._live = 0
         self.moment = Moment(0, "", {}, 0)
         for i in program.inputs:
@@ -256,17 +258,15 @@ class _Run:
             self.moment = Moment(self._live + inside, work.name, held, inside)
 
 
-def _variable_sizes(program: ProgramOps, order: list[Work]) -> dict[int, int]:
+def _variable_sizes(sizes: list[int], order: list[Work]) -> dict[int, int]:
     """Bytes of the variables that are read, by the numbers of their handles."""
-    return {w.inputs[0]: program.sizes[w.outputs[0]] for w in order if w.kind == READS}
+    return {w.inputs[0]: sizes[w.outputs[0]] for w in order if w.kind == READS}
 
 
-def _sizes_of_compiled(program: ProgramOps, order: list[Work]) -> list[int]:
-    """Bytes of each value in a function that XLA compiles."""
-    sizes = list(program.sizes)
+def _leave_out_compiled(sizes: list[int], program: ProgramOps, order: list[Work]) -> None:
+    """Takes from bytes of values those that a function that XLA compiles does not lay down."""
     results = set(program.outputs)
     for work in order:
         for i in work.outputs:
             if work.kind in _FUSED and i not in results:
                 sizes[i] = 0
-    return sizes

@@ -3,7 +3,8 @@
 TensorFlow's executor takes ops in the order in which their inputs are ready, and the ops of a
 called function take part in that. So does this list. Of a condition the branch with more ops is
 taken. A loop stays one op with its body, but for one that works on queues, as a pipeline's: such a
-one is unrolled, turn by turn, so that what waits in the queues is seen.
+one is unrolled, turn by turn, so that what waits in the queues is seen. What the host makes takes
+no memory of the device; what it hands over is a copy there.
 """
 
 import math
@@ -44,9 +45,13 @@ _PRODUCTS = {
     "BatchMatMul": ("adj_x", "adj_y"),
     "BatchMatMulV2": ("adj_x", "adj_y"),
 }
+# What carries a value to the host or from it. No TensorFlow op: there it is part of an edge.
+COPIES = "Copy"
 _CALLS = ("PartitionedCall", "StatefulPartitionedCall")
 _CONDITIONS = ("If", "StatelessIf", "Case", "StatelessCase")
 _LOOPS = ("While", "StatelessWhile")
+# What has no place of its own, as the ops inside stand in its place.
+_INLINED = (*_CALLS, *_CONDITIONS)
 # Values of so many elements at most are followed, to know which branch a turn of a loop takes.
 _SMALL = 4096
 _EVALUATED = {
@@ -90,14 +95,19 @@ class ProgramOps:
 
     Args:
         graph: of a concrete function.
+        host: the device of the host, where some ops are placed there; None where none is.
 
     Example:
         >>> ops = ProgramOps(step.get_concrete_function(x, y).graph)
         >>> [work.kind for work in ops.works]
     """
 
-    def __init__(self, graph: tf.Graph):
+    def __init__(self, graph: tf.Graph, host: str | None = None):
         self.works: list[Work] = []
+        self._host = host
+        # Values on the host, and the copies of values in the other place.
+        self._on_host: set[int] = set()
+        self._copies: dict[int, int] = {}
         # Of each value: bytes, and the number of the input of the program that it is.
         self.sizes: list[int] = []
         self.inputs = [self._value(x) for x in graph.inputs]
@@ -125,6 +135,10 @@ class ProgramOps:
                     ready.append(follower)
         return ready
 
+    def device_sizes(self) -> list[int]:
+        """Returns the bytes that each value takes on the device: 0 for what is on the host."""
+        return [0 if i in self._on_host else size for i, size in enumerate(self.sizes)]
+
     # --- making the list --------------------------------------------------------------------------
 
     def _value(self, x: tf.Tensor | None = None, size: int = 0) -> int:
@@ -148,13 +162,39 @@ class ProgramOps:
         for op in operations:
             if op.type in ("Placeholder", "NoOp"):
                 continue
-            inputs = [known[x.ref()] for x in op.inputs]
+            inputs = self._carried(op, [known[x.ref()] for x in op.inputs])
             waits = after + [w for x in op.control_inputs for w in _ends_of(x, ends)]
             outputs, ends[op.name] = self._add_op(op, inputs, waits)
+            if self._is_on_host(op):
+                self._on_host.update(outputs)
             known.update({x.ref(): i for x, i in zip(op.outputs, outputs, strict=True)})
         return [known[x.ref()] for x in graph.outputs], [
             w for op in operations for w in ends[op.name]
         ]
+
+    def _is_on_host(self, op: tf.Operation) -> bool:
+        return self._host is not None and op.device == self._host
+
+    def _carried(self, op: tf.Operation, inputs: list[int]) -> list[int]:
+        """The inputs of an op, or their copies in the place where it runs."""
+        if self._host is None or op.type in _INLINED:
+            return inputs
+        on_host = self._is_on_host(op)
+        return [
+            i if (i in self._on_host) == on_host or x.dtype in _NO_BYTES else self._copy(i, x)
+            for i, x in zip(inputs, op.inputs, strict=True)
+        ]
+
+    def _copy(self, value: int, x: tf.Tensor) -> int:
+        if value not in self._copies:
+            work = self._work(COPIES, x.op.name, [value], [self.sizes[value]])
+            (copy,) = work.outputs
+            self._copies[value] = copy
+            if value not in self._on_host:
+                self._on_host.add(copy)
+            if value in self._constants:
+                self._constants[copy] = self._constants[value]
+        return self._copies[value]
 
     def _add_op(
         self, op: tf.Operation, inputs: list[int], after: list[Work]
@@ -169,7 +209,7 @@ class ProgramOps:
             turns = _turns(op)
             if turns is not None and _has_queue(_function(op, "body")):
                 return self._unroll(_function(op, "body"), turns, inputs, after)
-            body = ProgramOps(_function(op, "body"))
+            body = ProgramOps(_function(op, "body"), self._host)
             work = self._work(
                 op.type, op.name, inputs, list(map(bytes_of, op.outputs)), after=after
             )

@@ -21,6 +21,8 @@ from llmos_tf.planning.stages import PER_ELEMENT, stages_of_units
 from llmos_tf.planning.weights import FIRST, LAST, Weight, total, weights_of
 from llmos_tf.strategies.schedules import Schedule
 
+# What a device holds, by kind; `HOST` lies in the memory of its host.
+HOST = "host"
 KINDS = ("parameters", "gradients", "optimizer", "activations", "communication", "other")
 # As in `strategies.fused_update` and `fusion`.
 GROUP_BYTES = 4 * 2**20
@@ -49,6 +51,7 @@ class Plan:
         compute_bytes: size of a number that is computed with, 4 or 2.
         bucket_bytes: of gradients that are reduced together, or None.
         remat: "none", or "block" where each block is computed again in the backward pass.
+        offload: what lies on the host: "optimizer" and "parameters", or some of them.
 
     Raises:
         ValueError: another `remat`, rows or positions that cannot be dealt to the devices.
@@ -69,6 +72,7 @@ class Plan:
     compute_bytes: int = WIDE
     bucket_bytes: int | None = None
     remat: str = "none"
+    offload: tuple[str, ...] = ()
     weights: list[Weight] = field(init=False, repr=False)
 
     def __post_init__(self):
@@ -131,7 +135,7 @@ def memory_of(plan: Plan) -> list[dict[str, int]]:
         plan: the run.
 
     Returns:
-        For each stage of the pipeline, or the only one, bytes by kind: `KINDS`.
+        For each stage of the pipeline, or the only one, bytes by kind, `KINDS`, and on its `HOST`.
     """
     return [_Stage(plan, units).memory(stage) for stage, units in enumerate(_units_by_stage(plan))]
 
@@ -154,7 +158,9 @@ class _Stage:
             "optimizer": slots + plan.optimizer_scalars,
             "other": self._copies() + within.get("other", 0.0),
         }
-        return {kind: round(whole.get(kind, within.get(kind, 0))) for kind in KINDS}
+        offloaded = {kind: whole.pop(kind) for kind in plan.offload}
+        memory = {kind: round(whole.get(kind, within.get(kind, 0))) for kind in KINDS}
+        return {**memory, HOST: sum(offloaded.values())}
 
     # --- moments ----------------------------------------------------------------------------------
 
@@ -167,7 +173,11 @@ class _Stage:
         if self._plan.update == "keras" and self._plan.decays and wide:
             # Weights decay at the beginning, into copies: the passes still read them.
             passes = [{**m, "other": WIDE * self._updated_elements()} for m in passes]
-        return [*passes, *self._buckets(), *self._update()]
+        passes += self._buckets()
+        if "parameters" in self._plan.offload:
+            copies = self._copies_of_host(self._plan.config.num_layers + 1)
+            passes = [{"other": copies, **moment} for moment in passes]
+        return [*passes, *self._update()]
 
     def _turn(self) -> list[dict[str, float]]:
         """With the logits and their slope; and with the slope and the last product's gradients."""
@@ -223,15 +233,21 @@ class _Stage:
         config, tokens = self._plan.config, self._plan.tokens
         halves = activations.while_recomputed(config, tokens)
         others = (self._num_blocks - 1) * activations.of_stream(config, tokens)
+        blocks = config.num_layers
         head = [w for w in self._weights if LAST in w.units]
+        own = [w for w in self._weights if w.units[-1] == blocks - 1]
         moments = []
         for bytes_now, kernels in zip(halves, (("down",), ("down", "up", "output/")), strict=True):
             first = self._made_before_first_block(kernels) - self._updated_early()
-            last = WIDE * total(head, lambda w: w.slice_elements(self._mesh))
-            moments += [
-                {"activations": bytes_now + others, "gradients": last},
-                {"activations": bytes_now, "gradients": first},
-            ]
+            made = [*head, *(w for w in own if any(name in w.name for name in kernels))]
+            last = WIDE * total(made, lambda w: w.slice_elements(self._mesh))
+            for activated, gradients, unfinished in (
+                (bytes_now + others, last, blocks),
+                # The block after is not quite through.
+                (bytes_now + activations.of_stream(config, tokens), first, 1),
+            ):
+                copies = self._copies_of_host(unfinished)
+                moments.append({"activations": activated, "gradients": gradients, "other": copies})
         return moments
 
     def _buckets(self) -> list[dict[str, float]]:
@@ -246,32 +262,41 @@ class _Stage:
         scatters = plan.zero_stage in (1, 2)
         # The bucket and its sum, or its rows for each rank, and these in a row.
         moments, blocks = [], self._num_blocks
-        kept = activations.of_block(plan.config, plan.tokens)
-        for unit, bucket in self._full_buckets():
+        of_block = activations.of_stream if plan.remat == "block" else activations.of_block
+        kept = of_block(plan.config, plan.tokens)
+        full = self._full_buckets()
+        # The embeddings' gradients come at once with the first block's.
+        last = sum(bucket for unit, bucket in full if unit in (FIRST, 0))
+        for unit, bucket in [*(one for one in full if one[0] not in (FIRST, 0)), (FIRST, last)]:
             unfinished = 0 if unit == FIRST else blocks if unit == LAST else unit
             moments.append(
                 {
                     "activations": unfinished * kept,
                     "gradients": (2 if scatters else 1) * bucket,
                     "communication": bucket,
+                    "other": self._copies_of_host(unfinished),
                 }
             )
         return moments
 
     def _full_buckets(self) -> list[tuple[str | int, float]]:
-        """Units of the model at which a bucket of gradients is full, and its bytes."""
-        plan, found, bucket = self._plan, [], 0.0
-        sizes = {w: WIDE * w.slice_elements(self._mesh) for w in self._weights}
-        ranks = self._mesh.batch_ways
-        limit = plan.bucket_bytes or default_bucket_bytes(ranks, sum(sizes.values()))
+        """Buckets of gradients: the unit of the model that most of each comes from, and bytes."""
+        plan, weights = self._plan, self._weights
+        sizes = {w: WIDE * w.slice_elements(self._mesh) for w in weights}
+        limit = plan.bucket_bytes
+        if limit is None:
+            limit = default_bucket_bytes(self._mesh.batch_ways, sum(sizes.values()))
+        buckets: list[list[Weight]] = [[]]
         # In the order of the backward pass: what is used last first.
         for unit in [LAST, *range(plan.config.num_layers - 1, -1, -1), FIRST]:
-            for weight in reversed([w for w in self._weights if w.units[0] == unit]):
-                if bucket and bucket + sizes[weight] > limit:
-                    found.append((unit, bucket))
-                    bucket = 0.0
-                bucket += sizes[weight]
-        return [*found, (FIRST, bucket)]
+            for weight in reversed([w for w in weights if w.units[0] == unit]):
+                if sum(sizes[w] for w in [*buckets[-1], weight]) > limit and buckets[-1]:
+                    buckets.append([])
+                buckets[-1].append(weight)
+        return [
+            (max(bucket, key=sizes.get).units[0], sum(sizes[w] for w in bucket))
+            for bucket in buckets
+        ]
 
     def _updated_early(self) -> float:
         """Gradients that are used up before the first block's are made."""
@@ -282,6 +307,8 @@ class _Stage:
     def _update(self) -> list[dict[str, float]]:
         """When the optimizer is at work."""
         plan, updated = self._plan, WIDE * self._updated_elements()
+        if plan.offload and plan.optimizer_slots:
+            return self._update_beside_host()
         if plan.update == "keras":
             # What is added to each moment is computed when its gradient is there, for all at once.
             return [{"gradients": 2 * updated}]
@@ -303,6 +330,17 @@ class _Stage:
                 "other": (1 + plan.optimizer_slots) * group + decayed,
             },
         ]
+
+    def _update_beside_host(self) -> list[dict[str, float]]:
+        """When a group is changed whose state, or whose weights, are on the host."""
+        updated = WIDE * self._updated_elements()
+        group = min(GROUP_BYTES, updated)
+        if "optimizer" not in self._plan.offload:
+            # Gradients, what they change and the change, and moments.
+            slots = self._plan.optimizer_slots
+            return [{"gradients": updated + 2 * group, "other": slots * group}]
+        # What comes back.
+        return [] if "parameters" in self._plan.offload else [{"gradients": group}]
 
     def _in_pipeline(self, stage: int) -> list[dict[str, float]]:
         """While the backward pass of a microbatch holds all that it was given.
@@ -386,6 +424,22 @@ class _Stage:
         if self._plan.compute_bytes == WIDE:
             return 0
         return self._plan.compute_bytes * self._kernel_elements()
+
+    def _copies_of_host(self, blocks: int) -> float:
+        """Weights of the host that so many first blocks need for their backward pass.
+
+        With one more than there are, the last product is among them. Gathered, or in 16 bits,
+        weights are needed in another form.
+        """
+        plan, mesh = self._plan, self._mesh
+        is_used = mesh.axis_size("fsdp") == 1 and plan.compute_bytes == WIDE
+        if not is_used or "parameters" not in plan.offload:
+            return 0
+        ends = [LAST] if blocks > plan.config.num_layers else []
+        needed = [
+            w for w in self._weights if w.is_kernel and w.units[-1] in (*range(blocks), *ends)
+        ]
+        return WIDE * total(needed, lambda w: w.slice_elements(mesh))
 
     def _kernel_elements(self) -> int:
         used = [w for w in self._weights if w.is_kernel and w.units != (FIRST,)]

@@ -31,6 +31,8 @@ class ShardedVariable(WrittenByParts, _internal.MirroredVariable):
             and 2 cut it further than the value itself).
         full_shape: shape of the whole value.
         path: the Keras path, for messages.
+        host: the device of the host, where the components lie there and not on their ranks'
+            devices; None for on their devices.
     """
 
     # The program of `run_program`, once there is one.
@@ -47,12 +49,14 @@ class ShardedVariable(WrittenByParts, _internal.MirroredVariable):
         update_layout: Layout,
         full_shape: tuple[int, ...],
         path: str,
+        host: str | None = None,
     ):
         self._first_id = components[0]._unique_id
         super().__init__(strategy, components, aggregation)
         self.layout = layout
         self.update_layout = update_layout
         self.path = path
+        self.host = host
         # What compression of its gradient keeps from step to step, by what it is: distributed
         # variables, each rank's its own (`strategies.compression`).
         self.reduction_state: dict[tuple, Any] = {}
@@ -133,8 +137,27 @@ class ShardedVariable(WrittenByParts, _internal.MirroredVariable):
         if program.block is not None:
             return program.block.read("part", self, self.part)
         if self.layout.stages is None or program.own_stage or program.in_update:
-            return self.component.value()
+            return self._stored()
         return self._from_its_stage()
+
+    def _stored(self) -> tf.Tensor:
+        """The component, on the rank's device; in an update where it lies."""
+        program = current_program()
+        if self.host is None:
+            return self.component.value()
+        if program.in_update:
+            return self._on_host()
+        return program.once_in_call(("copy", id(self)), self._copied)
+
+    def _on_host(self) -> tf.Tensor:
+        # Not `value()`, which is placed by whoever uses it.
+        with tf.device(self.host):
+            return self.component.read_value()
+
+    def _copied(self) -> tf.Tensor:
+        value = self._on_host()
+        with tf.device(None):
+            return tf.identity(value)
 
     def _from_its_stage(self) -> tf.Tensor:
         """The part, in a program that every stage runs alike: sent by the first that holds it."""
@@ -149,7 +172,7 @@ class ShardedVariable(WrittenByParts, _internal.MirroredVariable):
                 lambda dy: dy if layout.is_on(stage) else tf.zeros_like(part)
             )
 
-        return sent(self.component.value())
+        return sent(self._stored())
 
     def slice(self, for_lookups: bool = False) -> tf.Tensor:
         """Returns what the calling rank computes with, inside a program: no flat cuts.
@@ -193,7 +216,8 @@ class ShardedVariable(WrittenByParts, _internal.MirroredVariable):
         extra = self.update_layout.flat[len(self.layout.flat) :]
         if not extra:
             return self.part()
-        return Layout.cut_flat(tf.reshape(self.part(), [-1]), extra, self.mesh)
+        with tf.device(self.host):
+            return Layout.cut_flat(tf.reshape(self.part(), [-1]), extra, self.mesh)
 
     def read(self) -> tf.Tensor:
         """Returns the value as the context sees it."""

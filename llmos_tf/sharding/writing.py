@@ -42,7 +42,8 @@ class WrittenByParts:
         value = tf.convert_to_tensor(value, dtype=self.dtype)
         program = current_program()
         if program is not None:
-            self._write_in_program(program, method, value)
+            with tf.device(self.host):
+                self._write_in_program(program, method, value)
             return self
         full = self._checked(value)
         if self.waits:

@@ -82,6 +82,28 @@ CASES = {
         {},
         {"optimizer": "rmsprop", "global_batch": 2, "seq_len": 8},
     ),
+    "gpt-offload": (GPT_SIZES, {"data": 2}, {"offload": "all"}, {"optimizer": "adamw"}),
+    "gpt-offload-state-few-tokens": (
+        GPT_SIZES,
+        {"data": 2},
+        {"offload": "optimizer"},
+        {"optimizer": "adamw", "global_batch": 4, "seq_len": 8},
+    ),
+    "gpt-offload-weights-few-tokens": (
+        GPT_SIZES,
+        {"data": 2},
+        {"offload": "parameters"},
+        {"global_batch": 4, "seq_len": 8},
+    ),
+    "gpt-offload-remat": (GPT_SIZES, {"data": 2}, {"offload": "all"}, {"remat": "block"}),
+    "gpt-offload-zero1": (GPT_SIZES, {"data": 4}, {"offload": "optimizer", "zero_stage": 1}, {}),
+    "llama-offload-zero3": (LLAMA, {"fsdp": 4}, {"offload": "all", "zero_stage": 3}, {}),
+    "gpt-offload-pipe": (
+        GPT_SIZES,
+        {"pipe": 2},
+        {"offload": "optimizer", "num_microbatches": 4},
+        {},
+    ),
 }
 
 
@@ -102,7 +124,16 @@ def make(config, mesh, options, optimizer="adam", dtype_policy="float32", remat=
 
 
 # Of each kind one; the others are run nightly.
-IN_CI = ("gpt", "gpt-zero1", "llama-zero3", "gpt-sequence-bfloat16", "gpt-ring", "gpt-pipe")
+IN_CI = (
+    "gpt",
+    "gpt-zero1",
+    "llama-zero3",
+    "gpt-sequence-bfloat16",
+    "gpt-ring",
+    "gpt-pipe",
+    "gpt-offload",
+    "gpt-offload-state-few-tokens",
+)
 
 
 @pytest.mark.parametrize(
@@ -126,6 +157,7 @@ def test_estimate_is_what_is_counted(case):
     for seen, formula in zip(counted, estimated, strict=True):
         assert seen["parameters"] == formula["parameters"]
         assert seen["optimizer"] == formula["optimizer"]
+        assert seen["host"] == formula["host"]
         total = sum(seen[kind] for kind in KINDS)
         assert sum(formula[kind] for kind in KINDS) == pytest.approx(total, rel=0.03)
         # Of the total: where they are a small part of it, they are allowed that.

@@ -2,6 +2,7 @@
 
 import keras
 import pytest
+import tensorflow as tf
 
 from llmos_tf import Mesh, memory
 from llmos_tf.strategies import MeshStrategy, ZeroStrategy
@@ -44,6 +45,29 @@ def test_every_part_is_counted_where_it_lies(stage):
         assert 0 < row["optimizer"] - 4 * moments <= 16
         # Moving mean and variance of 10, the seed's two int64, and the loss's mean: sum and count.
         assert row["other"] == 4 * 20 + 8 * 2 + 4 * 2
+
+
+def test_what_is_offloaded_is_on_the_host():
+    """Fails if it is counted on the device that it is for, or as a row of its own, or of a step
+    what the host computes is counted as the device's."""
+    model, strategy = None, None
+    rows = {}
+    for offload in (None, "optimizer", "parameters", "all"):
+        strategy = MeshStrategy(Mesh(data=2, devices=CPUS[2:]), offload=offload)
+        with strategy.scope():
+            model = make_model()
+            model.optimizer.build(model.trainable_variables)
+        x, y = tf.TensorSpec([2, 30]), tf.TensorSpec([2, 10])
+        rows[offload], other = memory.report(model, batch=(x, y))
+        assert [row["device"][-5:] for row in (rows[offload], other)] == CPUS[2:]
+    weights, state = 4 * NUM_PARAMETERS, rows[None]["optimizer"]
+    assert [row["parameters"] for row in rows.values()] == [weights, weights, 0, 0]
+    assert [row["optimizer"] for row in rows.values()] == [state, 0, state, 0]
+    assert [row["host"] for row in rows.values()] == [0, state, weights, state + weights]
+    # Of one group on the device gradients, weights and moments, and what they become; else the
+    # change that comes back.
+    assert rows[None]["gradients"] > 2 * weights
+    assert rows["optimizer"]["gradients"] + rows["optimizer"]["other"] < 2 * weights
 
 
 def test_one_device_and_errors():

@@ -30,6 +30,7 @@ NAMES = {
     "num_chunks",
     "num_heads",
     "num_layers",
+    "offload",
     "patience",
     "png",
     "preset",
@@ -102,6 +103,8 @@ def test_defaults_are_a_run():
         ({"schedule": "zb-v"}, "--schedule=zb-v is for the axis pipe, which has size 1"),
         ({"num_chunks": 2}, "--num_chunks=2 is for the axis pipe"),
         ({"rematerialise": "blocks"}, "--rematerialise is one of none, full, block, selective, or"),
+        ({"offload": "weights"}, "'all', which is the same. Received: 'weights'"),
+        ({"mesh": "pipe=2", "offload": "all"}, "Take offload='optimizer', or fsdp in place"),
         ({"context_method": "rings"}, "ring, ulysses. Received: 'rings'"),
         ({"context_method": "ulysses"}, "--context_method=ulysses is for the axis context"),
         ({"mesh": "pipe=2", "schedule": "interleaved"}, "Received: num_chunks=1"),
@@ -136,6 +139,7 @@ def test_options_reach_the_strategy(monkeypatch):
         context_method="ulysses",
         gradient_compression="int8",
         rematerialise="5000",
+        offload="optimizer",
         virtual_devices=8,
     )
     mesh, values = setup_run.make_strategy(given)
@@ -149,6 +153,7 @@ def test_options_reach_the_strategy(monkeypatch):
         "context_method": "ulysses",
         "gradient_compression": "int8",
         "rematerialise": 5000,
+        "offload": "optimizer",
     }
 
 
