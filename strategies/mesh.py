@@ -44,6 +44,11 @@ class MeshStrategy(tf.distribute.MirroredStrategy):
             2205.05198); "full": every layer of the model keeps its inputs only; or the bytes that
             blocks may keep together on a device, from which the cheapest of these ways is chosen
             for each. None is "none". See `strategies.recomputation`.
+        reshard_after_forward: for the `fsdp` axis: whether each block of a stack lets go of its
+            gathered weights after the forward pass, and gathers them again for the backward pass.
+            That sends half as much again, and keeps the whole weights of about two blocks in place
+            of all. Weights outside of blocks stay. Where `rematerialise` computes a block again,
+            its weights are gathered again anyway. See `strategies.block_gathers`.
 
     Raises:
         ValueError: the mesh does not fit the devices, or the options do not fit the mesh.
@@ -75,6 +80,7 @@ class MeshStrategy(tf.distribute.MirroredStrategy):
         gradient_compression: str | None = None,
         powersgd_rank: int | None = None,
         rematerialise: str | int | None = None,
+        reshard_after_forward: bool = False,
     ):
         if not isinstance(mesh, Mesh):
             raise ValueError(
@@ -93,6 +99,7 @@ class MeshStrategy(tf.distribute.MirroredStrategy):
             gradient_compression=gradient_compression,
             powersgd_rank=powersgd_rank,
             rematerialise=rematerialise,
+            reshard_after_forward=reshard_after_forward,
         ).resolved(mesh)
         extended = MeshExtended(self, devices.resolve(mesh), options)
         # Past MirroredStrategy's own constructor, which would make its own `extended`.

@@ -32,6 +32,7 @@ class MeshOptions:
     gradient_compression: str | None = None
     powersgd_rank: int | None = None
     rematerialise: str | int | None = "none"
+    reshard_after_forward: bool = False
 
     def resolved(self, mesh: Mesh) -> "MeshOptions":
         """Checks that the options fit a mesh, and says what was left open.
@@ -55,6 +56,7 @@ class MeshOptions:
             options = replace(options, rematerialise="none")
         options._check_zero(mesh)
         options._check_rematerialise(mesh)
+        options._check_reshard(mesh)
         options._check_positions(mesh)
         options._check_pipe(mesh)
         options._check_gradients(mesh)
@@ -89,6 +91,25 @@ class MeshOptions:
                 f"rematerialise={option} is a number of bytes, which is for meshes without a pipe "
                 "axis: how many microbatches a stage keeps depends on how the model is cut. "
                 f"Received: the mesh {mesh}. Take 'block' or 'selective'."
+            )
+
+    def _check_reshard(self, mesh: Mesh) -> None:
+        if not isinstance(self.reshard_after_forward, bool):
+            raise ValueError(
+                "reshard_after_forward is True or False. "
+                f"Received: {self.reshard_after_forward!r}."
+            )
+        if not self.reshard_after_forward or mesh.size == 1:
+            return
+        if mesh.axis_size("fsdp") == 1:
+            raise ValueError(
+                "reshard_after_forward=True is for weights that are gathered along the fsdp axis, "
+                f"which has size 1 in the mesh {mesh}. Give an fsdp axis, or leave it out."
+            )
+        if mesh.axis_size("pipe") > 1:
+            raise ValueError(
+                "reshard_after_forward=True is for meshes without a pipe axis: weights would be "
+                f"gathered twice for each microbatch. Received: the mesh {mesh}. Leave it out."
             )
 
     def _check_positions(self, mesh: Mesh) -> None:

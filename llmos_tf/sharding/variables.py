@@ -170,9 +170,13 @@ class ShardedVariable(WrittenByParts, _internal.MirroredVariable):
 
     def _gathered_slice(self, part: tf.Tensor | None = None) -> tf.Tensor:
         part = self.part() if part is None else part
-        return _with_counted_gradient(
-            self.layout.slice_from_part(part, self._full_shape, self.mesh)
-        )
+        return _with_counted_gradient(_gathered(part, self._slice_from_part))
+
+    def _slice_from_part(self, part: tf.Tensor) -> tf.Tensor:
+        return self.layout.slice_from_part(part, self._full_shape, self.mesh)
+
+    def _full_from_part(self, part: tf.Tensor) -> tf.Tensor:
+        return self.layout.full_from_part(part, self._full_shape, self.mesh)
 
     def shape_of(self, kind: str) -> tuple[int, ...]:
         """Returns the shape of a value of the variable on a rank that holds it.
@@ -240,9 +244,8 @@ class ShardedVariable(WrittenByParts, _internal.MirroredVariable):
             return block.read("full", self, self._gathered)
         if block is not None:
             # Again in the backward pass, instead of being kept.
-            full = self.layout.full_from_part(self.part(), self._full_shape, self.mesh)
-            return _with_counted_gradient(full)
-        full = self.layout.full_from_part(self._noted_part(), self._full_shape, self.mesh)
+            return _with_counted_gradient(self._full_from_part(self.part()))
+        full = _gathered(self._noted_part(), self._full_from_part)
         reads = program.read_gradients.setdefault(id(self), [])
 
         # A lookup has a sparse gradient, and Keras's adaptive optimizers do not update by it as by
@@ -357,6 +360,12 @@ class ShardedVariable(WrittenByParts, _internal.MirroredVariable):
 
     def _restore_from_tensors(self, restored_tensors: dict[str, tf.Tensor]) -> "ShardedVariable":
         return self.assign(restored_tensors["VARIABLE_VALUE"])
+
+
+def _gathered(part: tf.Tensor, make: Callable[[tf.Tensor], tf.Tensor]) -> tf.Tensor:
+    """What `make` gathers of a part, when it is time to."""
+    gathering = current_program().gathering
+    return make(part) if gathering is None else gathering.gather(part, make)
 
 
 def _with_counted_gradient(value: tf.Tensor) -> tf.Tensor:

@@ -1,0 +1,267 @@
+"""When the weights of a model's blocks are gathered along `fsdp`, and when they are let go.
+
+A model's blocks are found as rematerialisation finds them (`strategies.repeated_blocks`). The
+gathers of a block wait for the input of the block that is called before it. So they are under way
+while that one computes, and no more than two blocks' weights are new at a time.
+
+With `reshard_after_forward` a block's weights are let go after its forward pass. When the gradient
+of block k's output arrives, the weights of block k - 1 are gathered again, before what is sent of
+block k's gradients: collectives run in the order in which they are made. Nothing else is computed
+again but what is made of weights alone, such as casts. The ops of the backward pass are made by
+TensorFlow and use the first weights; at the end of the trace they are given the second ones.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import keras
+import tensorflow as tf
+
+from llmos_tf import _internal
+from llmos_tf.blocks import attributes_of
+from llmos_tf.program import ReplicaProgram
+from llmos_tf.strategies.phases import waiting
+from llmos_tf.strategies.repeated_blocks import recomputed_blocks
+
+
+class BlockGathers:
+    """The blocks of a model that is being called.
+
+    Args:
+        program: that is being traced.
+        layers: the blocks.
+        reshards: whether they let their weights go after the forward pass.
+    """
+
+    def __init__(self, program: ReplicaProgram, layers: list[keras.layers.Layer], reshards: bool):
+        self._program = program
+        self._layers = {id(layer): layer for layer in layers}
+        self._reshards = reshards
+        self._graph = tf.compat.v1.get_default_graph()
+        # In the order in which they are called.
+        self._calls: list[_BlockCall] = []
+
+    @classmethod
+    def of_model(
+        cls, program: ReplicaProgram, model: keras.layers.Layer
+    ) -> "BlockGathers | None":
+        """Returns those of a call that no other layer makes.
+
+        Args:
+            program: that is being traced.
+            model: a model or layer.
+
+        Returns:
+            None where nothing is gathered, or no blocks are known.
+        """
+        # A pipeline is cut out of its trace, and has a schedule of its own.
+        if program.mesh.axis_size("fsdp") == 1 or program.trace is not None or not model.built:
+            return None
+        layers = recomputed_blocks(model)
+        reshards = program.strategy.extended.options.reshard_after_forward
+        return cls(program, layers, reshards and program.is_outermost()) if layers else None
+
+    def takes(self, layer: keras.layers.Layer) -> bool:
+        """Returns whether a call of a layer is that of a block.
+
+        Args:
+            layer: that is called.
+
+        Returns:
+            False also within a loop, or a function of which the model is not a part.
+        """
+        is_here = tf.compat.v1.get_default_graph() is self._graph
+        return is_here and id(layer) in self._layers
+
+    def call(self, function: Callable, args: tuple, kwargs: dict) -> Any:
+        """Calls a block.
+
+        Args:
+            function: of the block.
+            args: its arguments.
+            kwargs: its keyword arguments.
+
+        Returns:
+            What it returns.
+        """
+        inputs = list(self._tensors((args, kwargs)))
+        waits = self._calls[-1].inputs if self._calls else []
+        call = _BlockCall(self._program, self._graph, inputs, waits)
+        place = len(self._calls)
+        self._calls.append(call)
+        with self._program.having(block_gathers=None, gathering=call):
+            result = function(*args, **kwargs)
+        if not self._reshards or not call.gathered:
+            return result
+        self._program.endings.append(call.use_again)
+        return self._watched(result, place)
+
+    def _watched(self, result: Any, place: int) -> Any:
+        """What a block has returned, whose gradient is seen to arrive."""
+
+        @tf.custom_gradient
+        def watched(x):
+            def gradient(dy):
+                # In a loop's gradient another graph than that in which weights were gathered.
+                if tf.compat.v1.get_default_graph() is self._graph:
+                    for call in reversed(self._calls[max(0, place - 1) : place + 1]):
+                        call.gather_again(dy)
+                return dy
+
+            return tf.identity(x), gradient
+
+        here = {x.ref() for x in self._tensors(result)}
+
+        def one(x):
+            if not isinstance(x, tf.Tensor) or x.ref() not in here:
+                return x
+            y = watched(x)
+            for name, value in attributes_of(x):
+                setattr(y, name, value)
+            return y
+
+        return tf.nest.map_structure(one, result, expand_composites=True)
+
+    def _tensors(self, structure: Any) -> Iterator[tf.Tensor]:
+        """The differentiable tensors of the graph in which the model is called."""
+        for x in tf.nest.flatten(structure, expand_composites=True):
+            is_tensor = isinstance(x, tf.Tensor) and tf.is_symbolic_tensor(x)
+            if is_tensor and x.graph is self._graph and (x.dtype.is_floating or x.dtype.is_complex):
+                yield x
+
+
+class _Gathered(NamedTuple):
+    """A weight that was gathered: `value` is what `make` has made of the rank's `part`."""
+
+    value: tf.Tensor
+    part: tf.Tensor
+    make: Callable[[tf.Tensor], tf.Tensor]
+
+
+class _BlockCall:
+    """The gathers of one call of a block."""
+
+    def __init__(
+        self,
+        program: ReplicaProgram,
+        graph: tf.Graph,
+        inputs: list[tf.Tensor],
+        waits: list[tf.Tensor],
+    ):
+        self.inputs = inputs
+        self.gathered: list[_Gathered] = []
+        self._program = program
+        self._graph = graph
+        self._waits = waits
+        # What stands in the backward pass for a tensor of the forward pass.
+        self._again: list[tuple[tf.Tensor, tf.Tensor]] = []
+
+    def gather(self, part: tf.Tensor, make: Callable[[tf.Tensor], tf.Tensor]) -> tf.Tensor:
+        """Gathers a weight that the block reads.
+
+        Args:
+            part: what the rank stores.
+            make: gathers it.
+
+        Returns:
+            What `make` returns.
+        """
+        if tf.compat.v1.get_default_graph() is not self._graph or self._program.block is not None:
+            return make(part)
+        with waiting(self._waits):
+            value = make(part)
+        self.gathered.append(_Gathered(value, part, make))
+        return value
+
+    def gather_again(self, dy: Any) -> None:
+        """Gathers the block's weights for its backward pass, once.
+
+        Args:
+            dy: the gradient for which that waits.
+        """
+        if self._again:
+            return
+        with _internal.stop_recording(), self._program.having(gathering=None, block=None):
+            with waiting([getattr(dy, "values", dy)]):
+                again = [one.make(one.part) for one in self.gathered]
+        values = [one.value for one in self.gathered]
+        self._again = list(zip(values, again, strict=True))
+        self._again += _made_again(self._again)
+
+    def use_again(self, places: dict[str, int]) -> None:
+        """Gives the ops of the backward pass the weights that were gathered for it.
+
+        Args:
+            places: where each op of the program stands, by name.
+        """
+        for before, now in self._again:
+            made = places[now.op.name]
+            for op in before.consumers():
+                if places[op.name] > made:
+                    _internal.replace_input(op, before, now)
+
+
+def _made_again(gathered: list[tuple[tf.Tensor, tf.Tensor]]) -> list[tuple[tf.Tensor, tf.Tensor]]:
+    """Computes again what the forward pass has made of gathered weights alone.
+
+    Args:
+        gathered: each weight, and the same one gathered again.
+
+    Returns:
+        What was made, and the same once more.
+    """
+    again = {value.ref(): now for value, now in gathered}
+    ops = _used_elsewhere(_made_of([value for value, _ in gathered]))
+    if not ops:
+        return []
+    names = {op.name for op in ops}
+    definition = tf.compat.v1.GraphDef()
+    definition.versions.CopyFrom(ops[0].graph.graph_def_versions)
+    for op in ops:
+        node = definition.node.add()
+        node.CopyFrom(op.node_def)
+        node.attr.pop("_class", None)
+        inputs = [x for x in node.input if not x.startswith("^")]
+        del node.input[:]
+        node.input.extend(inputs)
+    outside = {x.name: again.get(x.ref(), x) for op in ops for x in op.inputs if x.op.name not in names}
+    made = [x for op in ops for x in op.outputs]
+    with _internal.stop_recording():
+        copies = tf.import_graph_def(
+            definition,
+            input_map=outside,
+            return_elements=[x.name for x in made],
+            name="of_gathered_again",
+        )
+    return list(zip(made, copies, strict=True))
+
+
+def _made_of(weights: Iterable[tf.Tensor]) -> list[tf.Operation]:
+    """The ops that compute of some tensors and constants alone, in an order to compute them in."""
+    known = {x.ref() for x in weights}
+    found: dict[str, tf.Operation] = {}
+    unfinished = list(weights)
+    while unfinished:
+        for op in unfinished.pop().consumers():
+            if op.name in found or op.op_def.is_stateful or _calls_functions(op):
+                continue
+            if all(x.ref() in known or x.op.type == "Const" for x in op.inputs):
+                found[op.name] = op
+                known.update(x.ref() for x in op.outputs)
+                unfinished += op.outputs
+    return list(found.values())
+
+
+def _used_elsewhere(ops: list[tf.Operation]) -> list[tf.Operation]:
+    """Those of some ops that others than these depend on."""
+    names = {op.name for op in ops}
+    needed: set[str] = set()
+    for op in reversed(ops):
+        users = {user.name for x in op.outputs for user in x.consumers()}
+        if users - names or users & needed:
+            needed.add(op.name)
+    return [op for op in ops if op.name in needed]
+
+
+def _calls_functions(op: tf.Operation) -> bool:
+    return any(attribute.type in ("func", "list(func)") for attribute in op.op_def.attr)
