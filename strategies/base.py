@@ -74,8 +74,7 @@ class MeshExtended(_internal.MirroredExtended):
         hook_fit()
         self.communication = _communication(local)
         # Whether collectives may be edges of the graph; see `strategies.phases`.
-        # Weights that are gathered again are to be gathered late, not in the first phase.
-        self.shares_memory = _shares_memory(mesh, local) and not options.reshard_after_forward
+        self.shares_memory = _shares_memory(mesh, local)
         self.collective_keys = CollectiveKeys(mesh)
         self.engine = Engine(self)
         # Whether other processes hold some of the ranks.

@@ -11,7 +11,7 @@ again but what is made of weights alone, such as casts. The ops of the backward 
 TensorFlow and use the first weights; at the end of the trace they are given the second ones.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import keras
@@ -20,7 +20,7 @@ import tensorflow as tf
 from llmos_tf import _internal
 from llmos_tf.blocks import attributes_of
 from llmos_tf.program import ReplicaProgram
-from llmos_tf.strategies.phases import waiting
+from llmos_tf.strategies.made_again import CallViews, made_again, views_in_calls
 from llmos_tf.strategies.repeated_blocks import recomputed_blocks
 
 
@@ -42,9 +42,7 @@ class BlockGathers:
         self._calls: list[_BlockCall] = []
 
     @classmethod
-    def of_model(
-        cls, program: ReplicaProgram, model: keras.layers.Layer
-    ) -> "BlockGathers | None":
+    def of_model(cls, program: ReplicaProgram, model: keras.layers.Layer) -> "BlockGathers | None":
         """Returns those of a call that no other layer makes.
 
         Args:
@@ -155,6 +153,7 @@ class _BlockCall:
         self._waits = waits
         # What stands in the backward pass for a tensor of the forward pass.
         self._again: list[tuple[tf.Tensor, tf.Tensor]] = []
+        self._inside: list[CallViews] = []
 
     def gather(self, part: tf.Tensor, make: Callable[[tf.Tensor], tf.Tensor]) -> tf.Tensor:
         """Gathers a weight that the block reads.
@@ -168,7 +167,7 @@ class _BlockCall:
         """
         if tf.compat.v1.get_default_graph() is not self._graph or self._program.block is not None:
             return make(part)
-        with waiting(self._waits):
+        with tf.control_dependencies(self._waits):
             value = make(part)
         self.gathered.append(_Gathered(value, part, make))
         return value
@@ -181,12 +180,16 @@ class _BlockCall:
         """
         if self._again:
             return
-        with _internal.stop_recording(), self._program.having(gathering=None, block=None):
-            with waiting([getattr(dy, "values", dy)]):
-                again = [one.make(one.part) for one in self.gathered]
+        with (
+            _internal.stop_recording(),
+            self._program.having(gathering=None, block=None),
+            tf.control_dependencies([getattr(dy, "values", dy)]),
+        ):
+            again = [one.make(one.part) for one in self.gathered]
         values = [one.value for one in self.gathered]
         self._again = list(zip(values, again, strict=True))
-        self._again += _made_again(self._again)
+        self._again += made_again(self._again)
+        self._inside = views_in_calls(self._again)
 
     def use_again(self, places: dict[str, int]) -> None:
         """Gives the ops of the backward pass the weights that were gathered for it.
@@ -194,74 +197,9 @@ class _BlockCall:
         Args:
             places: where each op of the program stands, by name.
         """
-        for before, now in self._again:
+        returned = [pair for views in self._inside for pair in views.returned()]
+        for before, now in self._again + returned:
             made = places[now.op.name]
             for op in before.consumers():
                 if places[op.name] > made:
                     _internal.replace_input(op, before, now)
-
-
-def _made_again(gathered: list[tuple[tf.Tensor, tf.Tensor]]) -> list[tuple[tf.Tensor, tf.Tensor]]:
-    """Computes again what the forward pass has made of gathered weights alone.
-
-    Args:
-        gathered: each weight, and the same one gathered again.
-
-    Returns:
-        What was made, and the same once more.
-    """
-    again = {value.ref(): now for value, now in gathered}
-    ops = _used_elsewhere(_made_of([value for value, _ in gathered]))
-    if not ops:
-        return []
-    names = {op.name for op in ops}
-    definition = tf.compat.v1.GraphDef()
-    definition.versions.CopyFrom(ops[0].graph.graph_def_versions)
-    for op in ops:
-        node = definition.node.add()
-        node.CopyFrom(op.node_def)
-        node.attr.pop("_class", None)
-        inputs = [x for x in node.input if not x.startswith("^")]
-        del node.input[:]
-        node.input.extend(inputs)
-    outside = {x.name: again.get(x.ref(), x) for op in ops for x in op.inputs if x.op.name not in names}
-    made = [x for op in ops for x in op.outputs]
-    with _internal.stop_recording():
-        copies = tf.import_graph_def(
-            definition,
-            input_map=outside,
-            return_elements=[x.name for x in made],
-            name="of_gathered_again",
-        )
-    return list(zip(made, copies, strict=True))
-
-
-def _made_of(weights: Iterable[tf.Tensor]) -> list[tf.Operation]:
-    """The ops that compute of some tensors and constants alone, in an order to compute them in."""
-    known = {x.ref() for x in weights}
-    found: dict[str, tf.Operation] = {}
-    unfinished = list(weights)
-    while unfinished:
-        for op in unfinished.pop().consumers():
-            if op.name in found or op.op_def.is_stateful or _calls_functions(op):
-                continue
-            if all(x.ref() in known or x.op.type == "Const" for x in op.inputs):
-                found[op.name] = op
-                known.update(x.ref() for x in op.outputs)
-                unfinished += op.outputs
-    return list(found.values())
-
-
-def _used_elsewhere(ops: list[tf.Operation]) -> list[tf.Operation]:
-    """Those of some ops that others than these depend on."""
-    names = {op.name for op in ops}
-    needed: set[str] = set()
-    for op in reversed(ops):
-        users = {user.name for x in op.outputs for user in x.consumers()}
-        if users - names or users & needed:
-            needed.add(op.name)
-    return [op for op in ops if op.name in needed]
-
-
-def _calls_functions(op: tf.Operation) -> bool:
-    return any(attribute.type in ("func", "list(func)") for attribute in op.op_def.attr)

@@ -96,8 +96,7 @@ class MeshOptions:
     def _check_reshard(self, mesh: Mesh) -> None:
         if not isinstance(self.reshard_after_forward, bool):
             raise ValueError(
-                "reshard_after_forward is True or False. "
-                f"Received: {self.reshard_after_forward!r}."
+                f"reshard_after_forward is True or False. Received: {self.reshard_after_forward!r}."
             )
         if not self.reshard_after_forward or mesh.size == 1:
             return

@@ -11,33 +11,14 @@ The collectives stay in the trace, where memory and traffic are counted. See doc
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from llmos_tf import _internal
 from llmos_tf.graph_cuts import Cut, GraphCuts
 
 # A phase is a function on each device: where there are more, collectives are faster.
 MAX_PHASES = 8
-# Of ops that wait to send later; between devices that share a memory there is nothing to wait for.
-_WAITS = "_llmos_waits"
-
-
-@contextmanager
-def waiting(tensors: Sequence[tf.Tensor]) -> Iterator[None]:
-    """Has ops wait for tensors, but where devices hand each other what others send.
-
-    Args:
-        tensors: of the graph in which the ops are made.
-
-    Yields:
-        Nothing.
-    """
-    attribute = _internal.op_attribute(tf.compat.v1.get_default_graph(), _WAITS, b"")
-    with tf.control_dependencies(tensors), attribute:
-        yield
 
 
 class Phases:
@@ -151,8 +132,7 @@ def _phases_of(operations: Sequence[tf.Operation]) -> dict[str, int]:
         # Collectives are put in a row, as those of several devices must be.
         in_a_row = op.type in _EXCHANGES
         before = [x.op for x in op.inputs]
-        if not _waits(op):
-            before += [x for x in op.control_inputs if not (in_a_row and x.type in _EXCHANGES)]
+        before += [x for x in op.control_inputs if not (in_a_row and x.type in _EXCHANGES)]
         missing = [x for x in before if x.name not in phase_of]
         if missing:
             unfinished += missing
@@ -162,10 +142,6 @@ def _phases_of(operations: Sequence[tf.Operation]) -> dict[str, int]:
             (phase_of[x.name] + (x.type in _EXCHANGES) for x in before), default=0
         )
     return phase_of
-
-
-def _waits(op: tf.Operation) -> bool:
-    return _WAITS in op.node_def.attr and not (op.op_def.is_stateful and op.type not in _EXCHANGES)
 
 
 def _results_of(graph: tf.Graph, names: set[str], first: bool) -> list[tf.Tensor]:
