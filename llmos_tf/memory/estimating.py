@@ -28,6 +28,7 @@ def estimate(
     num_chunks: int = 1,
     dtype_policy: str = "float32",
     remat: str = "none",
+    reshard_after_forward: bool = False,
     bucket_bytes: int = BUCKET_BYTES,
 ) -> list[dict[str, Any]]:
     """Returns what `report` would count, by closed formulas: nothing is built or traced.
@@ -52,6 +53,7 @@ def estimate(
         dtype_policy: "float32", "mixed_float16" or "mixed_bfloat16".
         remat: "none", or "block" where each block is computed again in the backward pass, as in
             `keras.RematScope("list_of_layers", layer_names=[...])` of all blocks.
+        reshard_after_forward: as for `MeshStrategy`.
         bucket_bytes: gradients that are reduced together.
 
     Returns:
@@ -96,6 +98,7 @@ def estimate(
         compute_bytes=_POLICIES[dtype_policy],
         bucket_bytes=bucket_bytes,
         remat=remat,
+        reshard_after_forward=reshard_after_forward,
     )
     by_stage = memory_of(plan)
     names = mesh.devices or [f"rank {rank}" for rank in range(mesh.size)]

@@ -49,6 +49,7 @@ class Plan:
         compute_bytes: size of a number that is computed with, 4 or 2.
         bucket_bytes: of gradients that are reduced together.
         remat: "none", or "block" where each block is computed again in the backward pass.
+        reshard_after_forward: as for `MeshStrategy`.
 
     Raises:
         ValueError: another `remat`, rows or positions that cannot be dealt to the devices.
@@ -69,6 +70,7 @@ class Plan:
     compute_bytes: int = WIDE
     bucket_bytes: int = BUCKET_BYTES
     remat: str = "none"
+    reshard_after_forward: bool = False
     weights: list[Weight] = field(init=False, repr=False)
 
     def __post_init__(self):
@@ -152,7 +154,7 @@ class _Stage:
         whole = {
             "parameters": WIDE * total(self._weights, lambda w: w.part_elements(self._mesh)),
             "optimizer": slots + plan.optimizer_scalars,
-            "other": self._copies() + within.get("other", 0.0),
+            "other": self._copies(0) + within.get("other", 0.0),
         }
         return {kind: round(whole.get(kind, within.get(kind, 0))) for kind in KINDS}
 
@@ -180,7 +182,7 @@ class _Stage:
         # In 16 bits the gradient of whole logits is there before they are gone.
         narrow = 0.0 if tokens.compute_bytes == WIDE else tokens.compute_bytes / WIDE * logits
         cast = narrow if tokens.tensor == 1 else 0.0
-        sent = self._gathered()
+        sent = self._gathered(0)
         return [
             {"activations": kept + logits + cast, "communication": sent},
             {
@@ -213,7 +215,9 @@ class _Stage:
                 {
                     "activations": self._kept() + temporary,
                     "gradients": WIDE * total(made, lambda w: w.slice_elements(self._mesh)),
-                    "communication": self._gathered(),
+                    # Where blocks let go: of the last one and the one before it, again.
+                    "communication": self._gathered(2),
+                    "other": self._copies(2) - self._copies(0),
                 }
             )
         return moments
@@ -240,7 +244,7 @@ class _Stage:
         if mesh.axis_size("fsdp") > 1:
             # The largest gradient, cut into what each rank gets, and these in a row.
             largest = WIDE * max(w.slice_elements(mesh) for w in self._weights)
-            return [{"gradients": 2 * largest, "communication": self._gathered()}]
+            return [{"gradients": 2 * largest, "communication": self._gathered(0)}]
         if mesh.batch_ways == 1:
             return []
         scatters = plan.zero_stage in (1, 2)
@@ -309,7 +313,7 @@ class _Stage:
         # The sum of what both ends of the model have of a common table.
         tied = [w for w in self._weights if {FIRST, LAST} <= set(w.units)]
         common = WIDE * total(tied, lambda w: w.slice_elements(self._mesh))
-        sent = self._gathered() + common
+        sent = self._gathered(0) + common
         made = [
             (hidden, self._made_before_first_block(("down",))),
             (scores, self._made_before_first_block(("down", "up", "output/"))),
@@ -357,21 +361,29 @@ class _Stage:
     def _gradient_bytes(self) -> float:
         return WIDE * total(self._weights, lambda w: w.slice_elements(self._mesh))
 
-    def _gathered(self) -> float:
+    def _gathered(self, blocks: int) -> float:
         """Weights that fsdp has gathered; those in 16 bits are copies."""
         if self._mesh.axis_size("fsdp") == 1 or self._plan.compute_bytes != WIDE:
             return 0
-        return WIDE * self._kernel_elements()
+        return WIDE * self._kernel_elements(blocks)
 
-    def _copies(self) -> float:
+    def _copies(self, blocks: int) -> float:
         """Weights in 16 bits."""
         if self._plan.compute_bytes == WIDE:
             return 0
-        return self._plan.compute_bytes * self._kernel_elements()
+        return self._plan.compute_bytes * self._kernel_elements(blocks)
 
-    def _kernel_elements(self) -> int:
+    def _kernel_elements(self, blocks: int) -> float:
+        """Of kernels that are there: all, or those of so many blocks where others are let go."""
         used = [w for w in self._weights if w.is_kernel and w.units != (FIRST,)]
-        return total(used, lambda w: w.slice_elements(self._mesh))
+        outside = [w for w in used if LAST in w.units]
+        everything = total(used, lambda w: w.slice_elements(self._mesh))
+        # A single block is not known to be one.
+        if not self._plan.reshard_after_forward or self._num_blocks == 1:
+            return everything
+        stays = total(outside, lambda w: w.slice_elements(self._mesh))
+        share = min(blocks, self._num_blocks) / self._num_blocks
+        return stays + share * (everything - stays)
 
     def _updated_elements(self) -> int:
         """Elements of which this rank keeps the optimizer's state."""
