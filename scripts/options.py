@@ -31,6 +31,7 @@ class RunOptions:
     context_method: str
     gradient_compression: str | None
     rematerialise: str
+    reshard_after_forward: bool
     virtual_devices: int | None
     global_batch: int
     seq_len: int | None

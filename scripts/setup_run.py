@@ -51,6 +51,7 @@ def make_strategy(options: RunOptions) -> MeshStrategy:
         context_method=options.context_method,
         gradient_compression=options.gradient_compression,
         rematerialise=options.recomputation,
+        reshard_after_forward=options.reshard_after_forward,
     )
 
 

@@ -54,6 +54,7 @@ _FLAGS = (
     "context_method",
     "gradient_compression",
     "rematerialise",
+    "reshard_after_forward",
     "virtual_devices",
     "global_batch",
     "seq_len",

@@ -11,6 +11,7 @@ again but what is made of weights alone, such as casts. The ops of the backward 
 TensorFlow and use the first weights; at the end of the trace they are given the second ones.
 """
 
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -57,6 +58,8 @@ class BlockGathers:
             return None
         layers = recomputed_blocks(model)
         reshards = program.strategy.extended.options.reshard_after_forward
+        if reshards and isinstance(model, keras.Model) and _internal.could_possibly_record():
+            _warn_of_no_effect(program, model, layers)
         return cls(program, layers, reshards and program.is_outermost()) if layers else None
 
     def takes(self, layer: keras.layers.Layer) -> bool:
@@ -126,6 +129,22 @@ class BlockGathers:
             is_tensor = isinstance(x, tf.Tensor) and tf.is_symbolic_tensor(x)
             if is_tensor and x.graph is self._graph and (x.dtype.is_floating or x.dtype.is_complex):
                 yield x
+
+
+def _warn_of_no_effect(
+    program: ReplicaProgram, model: keras.Model, layers: list[keras.layers.Layer]
+) -> None:
+    reason = None
+    if not layers:
+        reason = "no two of its layers are blocks of one kind that hold most of its weights"
+    elif not program.is_outermost():
+        reason = "it is called in a loop, a condition or a tf.function of its own"
+    if reason is not None:
+        warnings.warn(
+            f"reshard_after_forward=True has no effect on {model.name!r}, because {reason}. Its "
+            "gathered weights are kept for the backward pass; what it computes is the same.",
+            stacklevel=2,
+        )
 
 
 class _Gathered(NamedTuple):

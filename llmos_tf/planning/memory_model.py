@@ -216,8 +216,8 @@ class _Stage:
                     "activations": self._kept() + temporary,
                     "gradients": WIDE * total(made, lambda w: w.slice_elements(self._mesh)),
                     # Where blocks let go: of the last one and the one before it, again.
-                    "communication": self._gathered(2),
-                    "other": self._copies(2) - self._copies(0),
+                    "communication": self._gathered(2, made),
+                    "other": self._copies(2, made) - self._copies(0),
                 }
             )
         return moments
@@ -361,29 +361,39 @@ class _Stage:
     def _gradient_bytes(self) -> float:
         return WIDE * total(self._weights, lambda w: w.slice_elements(self._mesh))
 
-    def _gathered(self, blocks: int) -> float:
+    def _gathered(self, blocks: int, done: Sequence[Weight] = ()) -> float:
         """Weights that fsdp has gathered; those in 16 bits are copies."""
         if self._mesh.axis_size("fsdp") == 1 or self._plan.compute_bytes != WIDE:
             return 0
-        return WIDE * self._kernel_elements(blocks)
+        return WIDE * self._kernel_elements(blocks, done)
 
-    def _copies(self, blocks: int) -> float:
+    def _copies(self, blocks: int, done: Sequence[Weight] = ()) -> float:
         """Weights in 16 bits."""
         if self._plan.compute_bytes == WIDE:
             return 0
-        return self._plan.compute_bytes * self._kernel_elements(blocks)
+        return self._plan.compute_bytes * self._kernel_elements(blocks, done)
 
-    def _kernel_elements(self, blocks: int) -> float:
-        """Of kernels that are there: all, or those of so many blocks where others are let go."""
+    def _kernel_elements(self, blocks: int, done: Sequence[Weight]) -> float:
+        """Of the kernels that are there.
+
+        Where blocks let go of theirs, these are what is outside and of so many blocks, without
+        those that are done with.
+        """
+
+        def elements(weights):
+            return total(weights, lambda w: w.slice_elements(self._mesh))
+
         used = [w for w in self._weights if w.is_kernel and w.units != (FIRST,)]
-        outside = [w for w in used if LAST in w.units]
-        everything = total(used, lambda w: w.slice_elements(self._mesh))
         # A single block is not known to be one.
         if not self._plan.reshard_after_forward or self._num_blocks == 1:
-            return everything
-        stays = total(outside, lambda w: w.slice_elements(self._mesh))
+            return elements(used)
+        outside = elements([w for w in used if LAST in w.units])
         share = min(blocks, self._num_blocks) / self._num_blocks
-        return stays + share * (everything - stays)
+        return (
+            outside
+            + share * (elements(used) - outside)
+            - elements([w for w in done if w.is_kernel])
+        )
 
     def _updated_elements(self) -> int:
         """Elements of which this rank keeps the optimizer's state."""

@@ -36,6 +36,7 @@ NAMES = {
     "prompt",
     "ratio",
     "rematerialise",
+    "reshard_after_forward",
     "resume",
     "rounds",
     "run",
@@ -136,6 +137,7 @@ def test_options_reach_the_strategy(monkeypatch):
         context_method="ulysses",
         gradient_compression="int8",
         rematerialise="5000",
+        reshard_after_forward=True,
         virtual_devices=8,
     )
     mesh, values = setup_run.make_strategy(given)
@@ -149,6 +151,7 @@ def test_options_reach_the_strategy(monkeypatch):
         "context_method": "ulysses",
         "gradient_compression": "int8",
         "rematerialise": 5000,
+        "reshard_after_forward": True,
     }
 
 
