@@ -2,7 +2,9 @@
 
 A model's blocks are found as rematerialisation finds them (`strategies.repeated_blocks`). The
 gathers of a block wait for the input of the block that is called before it. So they are under way
-while that one computes, and no more than two blocks' weights are new at a time.
+while that one computes, and no more than two blocks' weights are new at a time. Where blocks send
+more than weights, as along `tensor`, gathers have to be made before that: at the entry of block k
+those of block k + 1, by what block k - 1 has read.
 
 With `reshard_after_forward` a block's weights are let go after its forward pass. When the gradient
 of block k's output arrives, the weights of block k - 1 are gathered again, before what is sent of
@@ -21,6 +23,7 @@ import tensorflow as tf
 from llmos_tf import _internal
 from llmos_tf.blocks import attributes_of
 from llmos_tf.program import ReplicaProgram
+from llmos_tf.sharding import ShardedVariable
 from llmos_tf.strategies.made_again import CallViews, made_again, views_in_calls
 from llmos_tf.strategies.repeated_blocks import recomputed_blocks
 
@@ -39,8 +42,13 @@ class BlockGathers:
         self._layers = {id(layer): layer for layer in layers}
         self._reshards = reshards
         self._graph = tf.compat.v1.get_default_graph()
+        # Whether a block sends more than weights, behind which the next one's gathers would wait.
+        other = set(program.mesh.sizes) - {"data", "fsdp"}
+        self._gathers_early = program.mesh.axis_size(other) > 1
         # In the order in which they are called.
         self._calls: list[_BlockCall] = []
+        # What was gathered for the next call.
+        self._early: _Early = {}
 
     @classmethod
     def of_model(cls, program: ReplicaProgram, model: keras.layers.Layer) -> "BlockGathers | None":
@@ -74,11 +82,12 @@ class BlockGathers:
         is_here = tf.compat.v1.get_default_graph() is self._graph
         return is_here and id(layer) in self._layers
 
-    def call(self, function: Callable, args: tuple, kwargs: dict) -> Any:
+    def call(self, function: Callable, layer: keras.layers.Layer, args: tuple, kwargs: dict) -> Any:
         """Calls a block.
 
         Args:
-            function: of the block.
+            function: of the block and its arguments.
+            layer: the block.
             args: its arguments.
             kwargs: its keyword arguments.
 
@@ -87,15 +96,38 @@ class BlockGathers:
         """
         inputs = list(self._tensors((args, kwargs)))
         waits = self._calls[-1].inputs if self._calls else []
-        call = _BlockCall(self._program, self._graph, inputs, waits)
+        call = _BlockCall(self._program, self._graph, layer, inputs, waits, self._early)
         place = len(self._calls)
+        self._early = self._gathered_early(call) if self._gathers_early and place else {}
         self._calls.append(call)
         with self._program.having(block_gathers=None, gathering=call):
-            result = function(*args, **kwargs)
+            result = function(layer, *args, **kwargs)
         if not self._reshards or not call.gathered:
             return result
         self._program.endings.append(call.use_again)
         return self._watched(result, place)
+
+    def _gathered_early(self, call: "_BlockCall") -> "_Early":
+        """Gathers for the next block what stands where the block before this one has read."""
+        order, before = list(self._layers.values()), self._calls[-1]
+        following = order[order.index(call.layer) + 1 :][:1]
+        if not following or not _are_alike(before.layer, following[0]):
+            return {}
+        places = {id(_stored(v)): i for i, v in enumerate(before.layer.weights)}
+        found: _Early = {}
+        with self._program.having(gathering=None), tf.control_dependencies(call.inputs):
+            for one in before.gathered:
+                if one.is_lookup or id(one.variable) not in places:
+                    continue
+                variable = _stored(following[0].weights[places[id(one.variable)]])
+                if getattr(variable, "layout", None) != one.variable.layout:
+                    continue
+                part = variable.part_to_gather(one.kind)
+                value = variable.gathered_from(one.kind, part)
+                found[id(variable), one.kind] = one._replace(
+                    value=value, part=part, variable=variable
+                )
+        return found
 
     def _watched(self, result: Any, place: int) -> Any:
         """What a block has returned, whose gradient is seen to arrive."""
@@ -148,11 +180,26 @@ def _warn_of_no_effect(
 
 
 class _Gathered(NamedTuple):
-    """A weight that was gathered: `value` is what `make` has made of the rank's `part`."""
+    """The value of a kind that was gathered of a variable's part; see `ShardedVariable`."""
 
     value: tf.Tensor
     part: tf.Tensor
-    make: Callable[[tf.Tensor], tf.Tensor]
+    variable: ShardedVariable
+    kind: str
+    is_lookup: bool = False
+
+
+# By a variable's `id` and the kind of its value.
+_Early = dict[tuple[int, str], _Gathered]
+
+
+def _are_alike(one: keras.layers.Layer, other: keras.layers.Layer) -> bool:
+    """Whether a weight of one layer stands for that at the same place of another."""
+    return type(one) is type(other) and len(one.weights) == len(other.weights)
+
+
+def _stored(weight: keras.Variable) -> Any:
+    return getattr(weight, "_value", weight)
 
 
 class _BlockCall:
@@ -162,34 +209,47 @@ class _BlockCall:
         self,
         program: ReplicaProgram,
         graph: tf.Graph,
+        layer: keras.layers.Layer,
         inputs: list[tf.Tensor],
         waits: list[tf.Tensor],
+        early: _Early,
     ):
+        self.layer = layer
         self.inputs = inputs
         self.gathered: list[_Gathered] = []
         self._program = program
         self._graph = graph
         self._waits = waits
+        self._early = early
         # What stands in the backward pass for a tensor of the forward pass.
         self._again: list[tuple[tf.Tensor, tf.Tensor]] = []
         self._inside: list[CallViews] = []
 
-    def gather(self, part: tf.Tensor, make: Callable[[tf.Tensor], tf.Tensor]) -> tf.Tensor:
+    def gather(self, variable: ShardedVariable, kind: str, part: tf.Tensor | None) -> tf.Tensor:
         """Gathers a weight that the block reads.
 
         Args:
-            part: what the rank stores.
-            make: gathers it.
+            variable: the weight.
+            kind: "slice" or "full".
+            part: what the rank stores, where rows of it are looked up; else None.
 
         Returns:
-            What `make` returns.
+            The value of that kind.
         """
-        if tf.compat.v1.get_default_graph() is not self._graph or self._program.block is not None:
-            return make(part)
-        with tf.control_dependencies(self._waits):
-            value = make(part)
-        self.gathered.append(_Gathered(value, part, make))
-        return value
+        is_lookup = part is not None
+        if self._program.block is not None:
+            part = part if is_lookup else variable.part_to_gather(kind)
+            return variable.gathered_from(kind, part)
+        one = None if is_lookup else self._early.pop((id(variable), kind), None)
+        if one is None:
+            part = part if is_lookup else variable.part_to_gather(kind)
+            is_here = tf.compat.v1.get_default_graph() is self._graph
+            with tf.control_dependencies(self._waits if is_here else []):
+                value = variable.gathered_from(kind, part)
+            one = _Gathered(value, part, variable, kind, is_lookup)
+        if one.value.graph is self._graph:
+            self.gathered.append(one)
+        return one.value
 
     def gather_again(self, dy: Any) -> None:
         """Gathers the block's weights for its backward pass, once.
@@ -204,7 +264,7 @@ class _BlockCall:
             self._program.having(gathering=None, block=None),
             tf.control_dependencies([getattr(dy, "values", dy)]),
         ):
-            again = [one.make(one.part) for one in self.gathered]
+            again = [one.variable.gathered_from(one.kind, one.part) for one in self.gathered]
         values = [one.value for one in self.gathered]
         self._again = list(zip(values, again, strict=True))
         self._again += made_again(self._again)

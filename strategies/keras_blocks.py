@@ -66,7 +66,7 @@ def compiled_call(original: Any) -> Any:
             ):
                 return block_call(layer, *args, **kwargs)
         if program.block_gathers is not None and program.block_gathers.takes(layer):
-            return program.block_gathers.call(functools.partial(block_call, layer), args, kwargs)
+            return program.block_gathers.call(block_call, layer, args, kwargs)
         if getattr(layer, _MARK, False) and not program.compiles_blocks:
             return _compiling_model(call, layer, args, kwargs)
         again = program.recomputation or NOTHING
