@@ -129,6 +129,8 @@ def blocks_of_part(model):
     ]
 
 
+# Of a model of one layer, which is no stack.
+@pytest.mark.filterwarnings("ignore:reshard_after_forward=True has no effect")
 @pytest.mark.parametrize(("name", "mesh", "options", "sizes", "rows"), CASES)
 def test_counted_is_what_the_formulas_say(name, mesh, options, sizes, rows):
     """Fails if the step sends something twice, or the formula of a stage, a loop or a padding is
