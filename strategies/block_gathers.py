@@ -115,7 +115,7 @@ class BlockGathers:
             return {}
         places = {id(_stored(v)): i for i, v in enumerate(before.layer.weights)}
         found: _Early = {}
-        with self._program.having(gathering=None), tf.control_dependencies(call.inputs):
+        with self._program.having(gathering=None):
             for one in before.gathered:
                 if one.is_lookup or id(one.variable) not in places:
                     continue
@@ -123,7 +123,7 @@ class BlockGathers:
                 if getattr(variable, "layout", None) != one.variable.layout:
                     continue
                 part = variable.part_to_gather(one.kind)
-                value = variable.gathered_from(one.kind, part)
+                value = variable.gathered_from(one.kind, _after(call.inputs, part))
                 found[id(variable), one.kind] = one._replace(
                     value=value, part=part, variable=variable
                 )
@@ -198,6 +198,13 @@ def _are_alike(one: keras.layers.Layer, other: keras.layers.Layer) -> bool:
     return type(one) is type(other) and len(one.weights) == len(other.weights)
 
 
+def _after(tensors: list[tf.Tensor], part: tf.Tensor) -> tf.Tensor:
+    """A part that is there no earlier than some tensors."""
+    # It alone waits: of constants that wait TensorFlow does not know that they are constant.
+    with tf.control_dependencies(tensors):
+        return tf.identity(part)
+
+
 def _stored(weight: keras.Variable) -> Any:
     return getattr(weight, "_value", weight)
 
@@ -244,8 +251,8 @@ class _BlockCall:
         if one is None:
             part = part if is_lookup else variable.part_to_gather(kind)
             is_here = tf.compat.v1.get_default_graph() is self._graph
-            with tf.control_dependencies(self._waits if is_here else []):
-                value = variable.gathered_from(kind, part)
+            held = _after(self._waits, part) if is_here else part
+            value = variable.gathered_from(kind, held)
             one = _Gathered(value, part, variable, kind, is_lookup)
         if one.value.graph is self._graph:
             self.gathered.append(one)
@@ -262,9 +269,12 @@ class _BlockCall:
         with (
             _internal.stop_recording(),
             self._program.having(gathering=None, block=None),
-            tf.control_dependencies([getattr(dy, "values", dy)]),
         ):
-            again = [one.variable.gathered_from(one.kind, one.part) for one in self.gathered]
+            waits = [getattr(dy, "values", dy)]
+            again = [
+                one.variable.gathered_from(one.kind, _after(waits, one.part))
+                for one in self.gathered
+            ]
         values = [one.value for one in self.gathered]
         self._again = list(zip(values, again, strict=True))
         self._again += made_again(self._again)
