@@ -116,7 +116,15 @@ def make(config, mesh, options, optimizer="adam", dtype_policy="float32", remat=
 
 
 # Of each kind one; the others are run nightly.
-IN_CI = ("gpt", "gpt-zero1", "llama-zero3", "gpt-sequence-bfloat16", "gpt-ring", "gpt-pipe")
+IN_CI = (
+    "gpt",
+    "gpt-zero1",
+    "llama-zero3",
+    "llama-reshard",
+    "gpt-sequence-bfloat16",
+    "gpt-ring",
+    "gpt-pipe",
+)
 
 
 @pytest.mark.parametrize(

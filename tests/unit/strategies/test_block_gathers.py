@@ -230,6 +230,54 @@ def test_weights_are_those_of_one_device(float64, build, changed, options, axes)
     assert strategy.num_traces == 1
 
 
+class Penalised(keras.Model):
+    """Blocks, one frozen and one called twice, and a gradient of a gradient in the loss."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = [Encoder() for _ in range(3)]
+        self.blocks[1].trainable = False
+
+    def build(self, shape):
+        for block in self.blocks:
+            block.build(shape)
+
+    def call(self, x):
+        for block in (*self.blocks, self.blocks[0]):
+            x = block(x)
+        return x
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            with tf.GradientTape() as inner:
+                inner.watch(x)
+                prediction = self(x, training=True)
+            slope = inner.gradient(prediction, x)
+            loss = self.compute_loss(x, y, prediction)
+            loss += 0.1 * self.compute_loss(x, tf.zeros_like(slope), slope)
+        gradients = tape.gradient(loss, self.trainable_variables)
+        self.optimizer.apply(gradients, self.trainable_variables)
+        return {"loss": loss}
+
+
+def penalised():
+    model = Penalised()
+    model.build((None, 4, 8))
+    model.compile("adamw", "mse")
+    return model
+
+
+@pytest.mark.nightly
+def test_blocks_that_are_shared_frozen_and_differentiated_twice(float64):
+    """Fails if a weight that is used again, has no gradient, or is differentiated in two tapes is
+    replaced by another one, or by what is made later."""
+    x = np.random.default_rng(0).normal(size=(8, 4, 8))
+    batches = [(x[i : i + 4], np.flip(x[i : i + 4], 2)) for i in (0, 4)]
+    expected = train(penalised, batches)
+    assert max_difference(expected, train(penalised, batches, on(fsdp=2))) <= 1e-9
+
+
 WIDE = {"vocab_size": 64, "max_positions": 32, "hidden_size": 64, "num_heads": 4, "num_layers": 4}
 
 
