@@ -132,6 +132,7 @@ __all__ = [
     "op_seeds",
     "patched",
     "regroup",
+    "replace_input",
     "reserve_collective_keys",
     "saving_lib",
     "select_replica",
@@ -356,6 +357,21 @@ def op_attribute(graph: Any, name: str, value: bytes) -> Iterator[None]:
     """
     with graph._attr_scope({name: tf.compat.v1.AttrValue(s=value)}):
         yield
+
+
+def replace_input(op: Any, before: Any, now: Any) -> None:
+    """Has an op take one tensor in place of another, which is not public.
+
+    The ops of a backward pass are made by TensorFlow, of the tensors of the forward pass.
+
+    Args:
+        op: of a graph that is being traced.
+        before: tensor that it takes.
+        now: tensor like it, made before the op.
+    """
+    for i, x in enumerate(op.inputs):
+        if x is before or x.ref() == before.ref():
+            op._update_input(i, now)
 
 
 @contextlib.contextmanager

@@ -114,6 +114,12 @@ class ReplicaProgram(_internal.ReplicaContext):
         # Which layers of the model that is being called are computed again in the backward pass;
         # None outside of a call. See `strategies.recomputation`.
         self.recomputation: Any = None
+        # When the weights of the model's blocks are gathered, and that of the block that is being
+        # called; see `strategies.block_gathers`.
+        self.block_gathers: Any = None
+        self.gathering: Any = None
+        # What is to be done at the end of the trace, with the place of each op by its name.
+        self.endings: list[Callable[[dict[str, int]], None]] = []
         # What a call of a model has gathered and may use again, as a table for tokens and logits;
         # None outside of one.
         self.reads: dict[Any, tf.Tensor] | None = None
@@ -281,6 +287,18 @@ class ReplicaProgram(_internal.ReplicaContext):
             return value
 
         return self.once((base, *strides), compute)
+
+    def is_outermost(self) -> bool:
+        """Returns whether ops are being made in the program's own graph, and in no block."""
+        return self.block is None and tf.compat.v1.get_default_graph() is self._graph
+
+    def end(self) -> None:
+        """Does what was left for the end of the trace, when all ops are made."""
+        if self.endings:
+            places = {op.name: i for i, op in enumerate(self._graph.get_operations())}
+            for ending in self.endings:
+                ending(places)
+            self.endings.clear()
 
     @contextmanager
     def having(self, **state: Any) -> Iterator[None]:

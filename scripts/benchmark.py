@@ -7,8 +7,8 @@
 
 A run is a mesh, 1 for one device, with what MeshStrategy takes besides: MESH:name=value,... of
 schedule, microbatches, num_chunks, zero_stage, context_method, sequence_parallel, rematerialise,
-bucket_bytes, gradient_compression and powersgd_rank. It is timed by the bare train step;
-fit:MESH:... by model.fit, as the runs of Keras are. The others are:
+bucket_bytes, gradient_compression, powersgd_rank, reshard_after_forward and offload. It is timed
+by the bare train step; fit:MESH:... by model.fit, as the runs of Keras are. The others are:
 
 KINDS
 N is a number of devices, or of processes with PyTorch. What is not installed, by

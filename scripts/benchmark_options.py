@@ -21,6 +21,8 @@ _MESH_OPTIONS = {
     "bucket_bytes": "bucket_bytes",
     "gradient_compression": "gradient_compression",
     "powersgd_rank": "powersgd_rank",
+    "reshard_after_forward": "reshard_after_forward",
+    "offload": "offload",
 }
 
 
@@ -201,8 +203,9 @@ def _mesh_options(text: str, mesh: Mesh, rest: str) -> dict[str, Any]:
                 f"Received: {item!r}."
             )
         options[_MESH_OPTIONS[name]] = int(value) if value.isdecimal() else value
-    if "sequence_parallel" in options:
-        options["sequence_parallel"] = str(options["sequence_parallel"]).lower() in ("1", "true")
+    for name in ("sequence_parallel", "reshard_after_forward"):
+        if name in options:
+            options[name] = str(options[name]).lower() in ("1", "true")
     resolved = MeshOptions(**options).resolved(mesh)
     options["num_microbatches"] = resolved.num_microbatches
     return options

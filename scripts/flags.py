@@ -62,6 +62,12 @@ flags.DEFINE_string(
     None,
     "What lies in the host's memory in place of the devices': optimizer, parameters or all.",
 )
+flags.DEFINE_bool(
+    "reshard_after_forward",
+    False,
+    "Let go of a block's gathered weights after its forward pass, on the fsdp axis, and gather "
+    "them again for the backward pass.",
+)
 flags.DEFINE_integer("virtual_devices", None, "CPU devices to make; by default what --mesh needs.")
 flags.DEFINE_integer("global_batch", 16, "Sequences in a step, over all devices.")
 flags.DEFINE_integer("seq_len", None, "Tokens in a sequence; by default all the model's positions.")

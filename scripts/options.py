@@ -32,6 +32,7 @@ class RunOptions:
     gradient_compression: str | None
     rematerialise: str
     offload: str | None
+    reshard_after_forward: bool
     virtual_devices: int | None
     global_batch: int
     seq_len: int | None

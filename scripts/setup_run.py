@@ -52,6 +52,7 @@ def make_strategy(options: RunOptions) -> MeshStrategy:
         gradient_compression=options.gradient_compression,
         rematerialise=options.recomputation,
         offload=options.offload,
+        reshard_after_forward=options.reshard_after_forward,
     )
 
 

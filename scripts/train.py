@@ -55,6 +55,7 @@ _FLAGS = (
     "gradient_compression",
     "rematerialise",
     "offload",
+    "reshard_after_forward",
     "virtual_devices",
     "global_batch",
     "seq_len",

@@ -128,6 +128,7 @@ class Engine:
             with replica, extended.replica_hooks():
                 result = fn(*rank_args, **rank_kwargs)
                 average_statistics(replica)
+                replica.end()
                 return tf.nest.map_structure(_own_rows, result)
 
         coordinate_spec = tf.TensorSpec([extended.mesh.coordinates().shape[1]], tf.int32)

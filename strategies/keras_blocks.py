@@ -18,6 +18,7 @@ from llmos_tf import _internal
 from llmos_tf.blocks import Block, NotABlock
 from llmos_tf.memory.rematerialisation import rematerialised
 from llmos_tf.program import current_program
+from llmos_tf.strategies.block_gathers import BlockGathers
 from llmos_tf.strategies.recomputation import NOTHING, recomputation_of
 
 # On a model that was compiled with `jit_compile=True` under a mesh strategy.
@@ -60,9 +61,12 @@ def compiled_call(original: Any) -> Any:
                 return call(layer, *args, **kwargs)
         if program.recomputation is None and _has_tensors(args, kwargs):
             with program.having(
-                recomputation=recomputation_of(program, original, layer, args, kwargs)
+                recomputation=recomputation_of(program, original, layer, args, kwargs),
+                block_gathers=BlockGathers.of_model(program, layer),
             ):
                 return block_call(layer, *args, **kwargs)
+        if program.block_gathers is not None and program.block_gathers.takes(layer):
+            return program.block_gathers.call(block_call, layer, args, kwargs)
         if getattr(layer, _MARK, False) and not program.compiles_blocks:
             return _compiling_model(call, layer, args, kwargs)
         again = program.recomputation or NOTHING

@@ -51,6 +51,11 @@ class MeshStrategy(tf.distribute.MirroredStrategy):
             device where they are used. A tuple of both, or "all"; None for nothing.
         host_device: the device that is the host, such as "CPU:0", which None takes: a CPU device of
             this process.
+        reshard_after_forward: for the `fsdp` axis: whether each block of a stack lets go of its
+            gathered weights after the forward pass, and gathers them again for the backward pass.
+            That sends half as much again, and keeps the whole weights of about two blocks in place
+            of all. Weights outside of blocks stay. Where `rematerialise` computes a block again,
+            its weights are gathered again anyway. See `strategies.block_gathers`.
 
     Raises:
         ValueError: the mesh does not fit the devices, or the options do not fit the mesh.
@@ -84,6 +89,7 @@ class MeshStrategy(tf.distribute.MirroredStrategy):
         rematerialise: str | int | None = None,
         offload: str | Iterable[str] | None = None,
         host_device: str | None = None,
+        reshard_after_forward: bool = False,
     ):
         if not isinstance(mesh, Mesh):
             raise ValueError(
@@ -104,6 +110,7 @@ class MeshStrategy(tf.distribute.MirroredStrategy):
             rematerialise=rematerialise,
             offload=offload,
             host_device=host_device,
+            reshard_after_forward=reshard_after_forward,
         ).resolved(mesh)
         extended = MeshExtended(self, devices.resolve(mesh), options)
         # Past MirroredStrategy's own constructor, which would make its own `extended`.

@@ -35,6 +35,7 @@ class MeshOptions:
     rematerialise: str | int | None = "none"
     offload: str | Iterable[str] | None = None
     host_device: str | None = None
+    reshard_after_forward: bool = False
 
     def resolved(self, mesh: Mesh) -> "MeshOptions":
         """Checks that the options fit a mesh, and says what was left open.
@@ -61,6 +62,7 @@ class MeshOptions:
         options._check_offload(mesh)
         options._check_zero(mesh)
         options._check_rematerialise(mesh)
+        options._check_reshard(mesh)
         options._check_positions(mesh)
         options._check_pipe(mesh)
         options._check_gradients(mesh)
@@ -108,6 +110,24 @@ class MeshOptions:
                 "A pipeline hands its weights to the loops of its stages, which hold them on the "
                 f"device for the whole step. Received: offload={self.offload} with the mesh "
                 f"{mesh}. Take offload='optimizer', or fsdp in place of pipe."
+            )
+
+    def _check_reshard(self, mesh: Mesh) -> None:
+        if not isinstance(self.reshard_after_forward, bool):
+            raise ValueError(
+                f"reshard_after_forward is True or False. Received: {self.reshard_after_forward!r}."
+            )
+        if not self.reshard_after_forward or mesh.size == 1:
+            return
+        if mesh.axis_size("fsdp") == 1:
+            raise ValueError(
+                "reshard_after_forward=True is for weights that are gathered along the fsdp axis, "
+                f"which has size 1 in the mesh {mesh}. Give an fsdp axis, or leave it out."
+            )
+        if mesh.axis_size("pipe") > 1:
+            raise ValueError(
+                "reshard_after_forward=True is for meshes without a pipe axis: weights would be "
+                f"gathered twice for each microbatch. Received: the mesh {mesh}. Leave it out."
             )
 
     def _check_positions(self, mesh: Mesh) -> None:

@@ -163,9 +163,13 @@ def recomputation_of(
     Raises:
         ValueError: a budget of bytes that is too small, or of which it cannot be told what fits.
     """  # noqa: DOC502
-    option = program.strategy.extended.options.rematerialise
+    options = program.strategy.extended.options
+    option = options.rematerialise
     is_differentiated = program.trace is not None or _internal.could_possibly_record()
     if option == "none" or not is_differentiated:
+        if options.reshard_after_forward and is_differentiated and model.built:
+            # XLA compiles them one by one, as each lets go of its weights by itself.
+            return Recomputation(recomputed_blocks(model), lambda: None, model)
         return NOTHING
     if not model.built:
         warnings.warn(

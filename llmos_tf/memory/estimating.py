@@ -32,6 +32,7 @@ def estimate(
     remat: str = "none",
     bucket_bytes: int | None = None,
     offload: str | Iterable[str] | None = None,
+    reshard_after_forward: bool = False,
 ) -> list[dict[str, Any]]:
     """Returns what `report` would count, by closed formulas: nothing is built or traced.
 
@@ -57,6 +58,7 @@ def estimate(
             `keras.RematScope("list_of_layers", layer_names=[...])` of all blocks.
         bucket_bytes: as for `MeshStrategy`.
         offload: as for `MeshStrategy`.
+        reshard_after_forward: as for `MeshStrategy`.
 
     Returns:
         A dict for each device of the mesh, in rank order: `device`, its name in the mesh or, where
@@ -107,6 +109,7 @@ def estimate(
         bucket_bytes=bucket_bytes,
         remat=remat,
         offload=offload,
+        reshard_after_forward=reshard_after_forward,
     )
     by_stage = memory_of(plan)
     names = mesh.devices or [f"rank {rank}" for rank in range(mesh.size)]

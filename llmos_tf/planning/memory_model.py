@@ -52,6 +52,7 @@ class Plan:
         bucket_bytes: of gradients that are reduced together, or None.
         remat: "none", or "block" where each block is computed again in the backward pass.
         offload: what lies on the host: "optimizer" and "parameters", or some of them.
+        reshard_after_forward: as for `MeshStrategy`.
 
     Raises:
         ValueError: another `remat`, rows or positions that cannot be dealt to the devices.
@@ -73,6 +74,7 @@ class Plan:
     bucket_bytes: int | None = None
     remat: str = "none"
     offload: tuple[str, ...] = ()
+    reshard_after_forward: bool = False
     weights: list[Weight] = field(init=False, repr=False)
 
     def __post_init__(self):
@@ -156,7 +158,7 @@ class _Stage:
         whole = {
             "parameters": WIDE * total(self._weights, lambda w: w.part_elements(self._mesh)),
             "optimizer": slots + plan.optimizer_scalars,
-            "other": self._copies() + within.get("other", 0.0),
+            "other": self._copies(0) + within.get("other", 0.0),
         }
         offloaded = {kind: whole.pop(kind) for kind in plan.offload}
         memory = {kind: round(whole.get(kind, within.get(kind, 0))) for kind in KINDS}
@@ -190,7 +192,7 @@ class _Stage:
         # In 16 bits the gradient of whole logits is there before they are gone.
         narrow = 0.0 if tokens.compute_bytes == WIDE else tokens.compute_bytes / WIDE * logits
         cast = narrow if tokens.tensor == 1 else 0.0
-        sent = self._gathered()
+        sent = self._gathered(0)
         return [
             {"activations": kept + logits + cast, "communication": sent},
             {
@@ -223,7 +225,9 @@ class _Stage:
                 {
                     "activations": self._kept() + temporary,
                     "gradients": WIDE * total(made, lambda w: w.slice_elements(self._mesh)),
-                    "communication": self._gathered(),
+                    # Where blocks let go: of the last one and the one before it, again.
+                    "communication": self._gathered(2, made),
+                    "other": self._copies(2, made) - self._copies(0),
                 }
             )
         return moments
@@ -256,7 +260,7 @@ class _Stage:
         if mesh.axis_size("fsdp") > 1:
             # The largest gradient, cut into what each rank gets, and these in a row.
             largest = WIDE * max(w.slice_elements(mesh) for w in self._weights)
-            return [{"gradients": 2 * largest, "communication": self._gathered()}]
+            return [{"gradients": 2 * largest, "communication": self._gathered(0)}]
         if mesh.batch_ways == 1:
             return []
         scatters = plan.zero_stage in (1, 2)
@@ -302,7 +306,9 @@ class _Stage:
         """Gradients that are used up before the first block's are made."""
         if self._plan.update == "keras":
             return 0.0
-        return sum(bucket for unit, bucket in self._full_buckets() if unit not in (FIRST, 0))
+        full = [bucket for unit, bucket in self._full_buckets() if unit not in (FIRST, 0)]
+        # The last of them is on its way.
+        return sum(full[:-1])
 
     def _update(self) -> list[dict[str, float]]:
         """When the optimizer is at work."""
@@ -365,7 +371,7 @@ class _Stage:
         # The sum of what both ends of the model have of a common table.
         tied = [w for w in self._weights if {FIRST, LAST} <= set(w.units)]
         common = WIDE * total(tied, lambda w: w.slice_elements(self._mesh))
-        sent = self._gathered() + common
+        sent = self._gathered(0) + common
         made = [
             (hidden, self._made_before_first_block(("down",))),
             (scores, self._made_before_first_block(("down", "up", "output/"))),
@@ -413,17 +419,39 @@ class _Stage:
     def _gradient_bytes(self) -> float:
         return WIDE * total(self._weights, lambda w: w.slice_elements(self._mesh))
 
-    def _gathered(self) -> float:
+    def _gathered(self, blocks: int, done: Sequence[Weight] = ()) -> float:
         """Weights that fsdp has gathered; those in 16 bits are copies."""
         if self._mesh.axis_size("fsdp") == 1 or self._plan.compute_bytes != WIDE:
             return 0
-        return WIDE * self._kernel_elements()
+        return WIDE * self._kernel_elements(blocks, done)
 
-    def _copies(self) -> float:
+    def _copies(self, blocks: int, done: Sequence[Weight] = ()) -> float:
         """Weights in 16 bits."""
         if self._plan.compute_bytes == WIDE:
             return 0
-        return self._plan.compute_bytes * self._kernel_elements()
+        return self._plan.compute_bytes * self._kernel_elements(blocks, done)
+
+    def _kernel_elements(self, blocks: int, done: Sequence[Weight]) -> float:
+        """Of the kernels that are there.
+
+        Where blocks let go of theirs, these are what is outside and of so many blocks, without
+        those that are done with.
+        """
+
+        def elements(weights):
+            return total(weights, lambda w: w.slice_elements(self._mesh))
+
+        used = [w for w in self._weights if w.is_kernel and w.units != (FIRST,)]
+        # A single block is not known to be one.
+        if not self._plan.reshard_after_forward or self._num_blocks == 1:
+            return elements(used)
+        outside = elements([w for w in used if LAST in w.units])
+        share = min(blocks, self._num_blocks) / self._num_blocks
+        return (
+            outside
+            + share * (elements(used) - outside)
+            - elements([w for w in done if w.is_kernel])
+        )
 
     def _copies_of_host(self, blocks: int) -> float:
         """Weights of the host that so many first blocks need for their backward pass.
@@ -440,10 +468,6 @@ class _Stage:
             w for w in self._weights if w.is_kernel and w.units[-1] in (*range(blocks), *ends)
         ]
         return WIDE * total(needed, lambda w: w.slice_elements(mesh))
-
-    def _kernel_elements(self) -> int:
-        used = [w for w in self._weights if w.is_kernel and w.units != (FIRST,)]
-        return total(used, lambda w: w.slice_elements(self._mesh))
 
     def _update_axes(self) -> tuple[str, ...]:
         """Axes along which optimizer state is cut, once flattened."""

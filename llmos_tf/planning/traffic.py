@@ -138,7 +138,9 @@ def _weight(step: TrainingStep, weight: Weight) -> Iterator[Sent]:
     fsdp, data = step.size("fsdp"), step.size("data")
     part, element = _part(step, weight), step.weight_bytes
     if fsdp > 1:
-        gathers = 2 if step.reshard_after_forward else 1
+        # Of a single block it cannot be told that it is one; what is outside of blocks stays.
+        is_of_blocks = 0 in weight.units and step.config.num_layers > 1
+        gathers = 2 if step.reshard_after_forward and is_of_blocks else 1
         yield Sent(("fsdp",), "all_gather", fsdp * part * element, gathers, True)
         yield Sent(("fsdp",), "reduce_scatter", fsdp * part * element, 1, True)
     partial = set(step.stream_axes) - set(weight.axes)

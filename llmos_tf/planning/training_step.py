@@ -24,8 +24,8 @@ class TrainingStep:
         schedule: of a pipeline.
         num_chunks: of a pipeline.
         context_method: "ring" or "ulysses".
-        reshard_after_forward: whether weights that were gathered along `fsdp` are gathered again
-            for the backward pass.
+        reshard_after_forward: whether weights of blocks that were gathered along `fsdp` are
+            gathered again for the backward pass.
         blocks_of_part: number of blocks in each part of a pipeline; None for as many in each, the
             first ones one more where that does not go up.
         weight_bytes: bytes of an element of weights, gradients and losses.

@@ -192,10 +192,38 @@ class ShardedVariable(WrittenByParts, _internal.MirroredVariable):
         return self._gathered_slice(part) if self.layout.flat else part
 
     def _gathered_slice(self, part: tf.Tensor | None = None) -> tf.Tensor:
-        part = self.part() if part is None else part
-        return _with_counted_gradient(
-            self.layout.slice_from_part(part, self._full_shape, self.mesh)
-        )
+        return _with_counted_gradient(self._gathered_in_turn("slice", part))
+
+    def _gathered_in_turn(self, kind: str, part: tf.Tensor | None = None) -> tf.Tensor:
+        """What is gathered of the part, when it is the turn of the block that reads it."""
+        gathering = current_program().gathering
+        if gathering is not None:
+            return gathering.gather(self, kind, part)
+        return self.gathered_from(kind, self.part_to_gather(kind) if part is None else part)
+
+    def part_to_gather(self, kind: str) -> tf.Tensor:
+        """Returns what a read of the variable gathers, inside a program.
+
+        Args:
+            kind: "slice" or "full", as of `shape_of`.
+
+        Returns:
+            What the rank stores.
+        """
+        return self._noted_part() if kind == "full" else self.part()
+
+    def gathered_from(self, kind: str, part: tf.Tensor) -> tf.Tensor:
+        """Gathers a value of the variable, inside a program.
+
+        Args:
+            kind: "slice" or "full", as of `shape_of`.
+            part: what the rank stores.
+
+        Returns:
+            The value.
+        """
+        gather = self.layout.full_from_part if kind == "full" else self.layout.slice_from_part
+        return gather(part, self._full_shape, self.mesh)
 
     def shape_of(self, kind: str) -> tuple[int, ...]:
         """Returns the shape of a value of the variable on a rank that holds it.
@@ -264,9 +292,8 @@ class ShardedVariable(WrittenByParts, _internal.MirroredVariable):
             return block.read("full", self, self._gathered)
         if block is not None:
             # Again in the backward pass, instead of being kept.
-            full = self.layout.full_from_part(self.part(), self._full_shape, self.mesh)
-            return _with_counted_gradient(full)
-        full = self.layout.full_from_part(self._noted_part(), self._full_shape, self.mesh)
+            return _with_counted_gradient(self.gathered_from("full", self.part()))
+        full = self._gathered_in_turn("full")
         reads = program.read_gradients.setdefault(id(self), [])
 
         # A lookup has a sparse gradient, and Keras's adaptive optimizers do not update by it as by

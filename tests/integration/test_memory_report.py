@@ -40,6 +40,7 @@ LLAMA_4 = LlamaConfig(**SIZES, num_layers=4, num_kv_heads=2, feed_forward_size=3
 MIXTRAL = MixtralConfig(
     **SIZES, num_layers=2, feed_forward_size=256, num_experts=4, num_experts_per_token=2
 )
+RESHARD = {"reshard_after_forward": True}
 MODELS = {GPTConfig: GPT, LlamaConfig: Llama, MixtralConfig: Mixtral}
 
 # Name: configuration, mesh, options of the strategy, and what else is not as usual.
@@ -54,6 +55,19 @@ CASES = {
         {"optimizer": "adamw", "global_batch": 4, "seq_len": 8},
     ),
     "llama-zero3": (LLAMA, {"fsdp": 4}, {"zero_stage": 3}, {}),
+    "llama-reshard": (LLAMA_4, {"fsdp": 4}, RESHARD, {}),
+    "gpt-reshard-bfloat16": (
+        GPT_SIZES,
+        {"data": 2, "fsdp": 2},
+        RESHARD,
+        {"dtype_policy": "mixed_bfloat16", "optimizer": "sgd"},
+    ),
+    "gpt-reshard-few-words": (
+        GPT_FEW_WORDS,
+        {"fsdp": 2},
+        RESHARD,
+        {"optimizer": "sgd", "global_batch": 4, "seq_len": 512},
+    ),
     "gpt-data-fsdp": (GPT_SIZES, {"data": 2, "fsdp": 2}, {}, {"optimizer": "sgd"}),
     "llama-tensor": (LLAMA, {"data": 2, "tensor": 2}, {}, {}),
     "gpt-sequence-bfloat16": (
@@ -128,6 +142,7 @@ IN_CI = (
     "gpt",
     "gpt-zero1",
     "llama-zero3",
+    "llama-reshard",
     "gpt-sequence-bfloat16",
     "gpt-ring",
     "gpt-pipe",

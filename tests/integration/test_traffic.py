@@ -43,6 +43,7 @@ MODELS = {
 }
 ODD, FOUR = {"vocab_size": 301}, {"num_layers": 4}
 SP = {"sequence_parallel": True}
+RESHARD = {"reshard_after_forward": True}
 TIED = {"tie_embeddings": True}
 
 
@@ -63,6 +64,12 @@ CASES = [
     case("llama", Mesh(data=3), {"zero_stage": 2}, ODD, rows=9),
     case("gpt", Mesh(fsdp=4), {"zero_stage": 3}),
     case("llama", Mesh(fsdp=3), {"zero_stage": 3}, ODD, rows=9),
+    case("gpt", Mesh(fsdp=2), RESHARD),
+    case("llama", Mesh(data=2, fsdp=2), RESHARD, ODD),
+    case("llama", Mesh(fsdp=2, tensor=2), {**SP, **RESHARD}, TIED, nightly=True),
+    case("mixtral", Mesh(fsdp=2, expert=2), RESHARD, nightly=True),
+    # One layer is no stack, of which the blocks were known.
+    case("gpt", Mesh(fsdp=2), RESHARD, {"num_layers": 1}, nightly=True),
     case("gpt", Mesh(tensor=2)),
     case("gpt", Mesh(tensor=4), SP, ODD),
     # The tensor axis of 2 divides the key-value heads, that of 4 does not.
@@ -122,6 +129,8 @@ def blocks_of_part(model):
     ]
 
 
+# Of a model of one layer, which is no stack.
+@pytest.mark.filterwarnings("ignore:reshard_after_forward=True has no effect")
 @pytest.mark.parametrize(("name", "mesh", "options", "sizes", "rows"), CASES)
 def test_counted_is_what_the_formulas_say(name, mesh, options, sizes, rows):
     """Fails if the step sends something twice, or the formula of a stage, a loop or a padding is

@@ -37,6 +37,7 @@ NAMES = {
     "prompt",
     "ratio",
     "rematerialise",
+    "reshard_after_forward",
     "resume",
     "rounds",
     "run",
@@ -140,6 +141,7 @@ def test_options_reach_the_strategy(monkeypatch):
         gradient_compression="int8",
         rematerialise="5000",
         offload="optimizer",
+        reshard_after_forward=True,
         virtual_devices=8,
     )
     mesh, values = setup_run.make_strategy(given)
@@ -154,6 +156,7 @@ def test_options_reach_the_strategy(monkeypatch):
         "gradient_compression": "int8",
         "rematerialise": 5000,
         "offload": "optimizer",
+        "reshard_after_forward": True,
     }
 
 
