@@ -94,11 +94,12 @@ class Dense(keras.layers.Layer):
         if self.bias is None:
             return y
         bias = local_slice(self.bias)
-        if bias.shape.rank > 1:
-            flat = tf.reshape(y, tf.concat([tf.shape(y)[: -bias.shape.rank], [-1]], 0))
-            return tf.reshape(tf.nn.bias_add(flat, tf.reshape(bias, [-1])), tf.shape(y))
-        # Its gradient is summed several times faster than that of y + b.
-        return tf.nn.bias_add(y, bias)
+        # Its gradient is summed several times faster than that of y + b, and to a matrix the product
+        # before adds it itself.
+        flat = tf.nn.bias_add(
+            tf.reshape(y, [-1, bias.shape.num_elements()]), tf.reshape(bias, [-1])
+        )
+        return tf.reshape(flat, tf.shape(y))
 
     def compute_output_shape(self, input_shape: Any) -> tuple:
         """Returns the shape of the output.
