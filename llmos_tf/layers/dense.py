@@ -94,12 +94,10 @@ class Dense(keras.layers.Layer):
         if self.bias is None:
             return y
         bias = local_slice(self.bias)
-        # Its gradient is summed several times faster than that of y + b, and to a matrix the product
-        # before adds it itself.
-        flat = tf.nn.bias_add(
-            tf.reshape(y, [-1, bias.shape.num_elements()]), tf.reshape(bias, [-1])
-        )
-        return tf.reshape(flat, tf.shape(y))
+        # The gradient of this op is several times faster than that of y + b; and to a matrix it is
+        # added by the product itself.
+        matrix = tf.reshape(y, [-1, bias.shape.num_elements()])
+        return tf.reshape(tf.nn.bias_add(matrix, tf.reshape(bias, [-1])), tf.shape(y))
 
     def compute_output_shape(self, input_shape: Any) -> tuple:
         """Returns the shape of the output.
