@@ -118,10 +118,15 @@ class SelfAttention(keras.layers.Layer):
         segment_ids: tf.Tensor | None = None,
     ) -> Any:
         region = TensorRegion(self.output_product.kernel)
-        entered = region.enter(x)
-        length = entered.shape[1] if entered.shape[1] is not None else tf.shape(entered)[1]
+        q_BTNH, k_BTKH, v_BTKH = self._project(region.enter(x))
+        length = q_BTNH.shape[1] if q_BTNH.shape[1] is not None else tf.shape(q_BTNH)[1]
         positions = region_positions(length) + offset
-        q, k, v = self._heads(entered, positions)
+        if self.rope_theta is not None:
+            q_BTNH = rotate(q_BTNH, positions, self.rope_theta)
+            k_BTKH = rotate(k_BTKH, positions, self.rope_theta)
+        q = tf.transpose(q_BTNH, [0, 2, 1, 3])
+        k = tf.transpose(k_BTKH, [0, 2, 1, 3])
+        v = tf.transpose(v_BTKH, [0, 2, 1, 3])
         if cache is not None:
             cache = _write_cache(cache, tf.stack([k, v]), offset)
             k, v = cache[0], cache[1]
@@ -148,18 +153,6 @@ class SelfAttention(keras.layers.Layer):
 
     def _input_products(self) -> list[Dense]:
         return [self.query, self.key_value] if self.is_grouped else [self.query_key_value]
-
-    def _heads(self, x: tf.Tensor, positions: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        """Queries ``[B, N, T, H]``, keys and values ``[B, K, T, H]``."""
-        if not self.is_grouped and self.rope_theta is None:
-            product = self.query_key_value
-            # All are laid in another order at once; then each is a part of that.
-            return tuple(tf.unstack(tf.transpose(product.add_bias(product(x)), [2, 0, 3, 1, 4]), 3))
-        q_BTNH, k_BTKH, v_BTKH = self._project(x)
-        if self.rope_theta is not None:
-            q_BTNH = rotate(q_BTNH, positions, self.rope_theta)
-            k_BTKH = rotate(k_BTKH, positions, self.rope_theta)
-        return tuple(tf.transpose(one, [0, 2, 1, 3]) for one in (q_BTNH, k_BTKH, v_BTKH))
 
     def _project(self, x: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         if not self.is_grouped:
