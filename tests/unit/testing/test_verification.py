@@ -249,8 +249,8 @@ def test_state_that_is_not_cut(monkeypatch):
     """Fails if only weights are counted, and not the state of the optimizer."""
     original = ShardedVariable.__init__
 
-    def whole(self, strategy, components, aggregation, layout, update_layout, shape, path):
-        original(self, strategy, components, aggregation, layout, layout, shape, path)
+    def whole(self, strategy, components, aggregation, layout, update_layout, *more, **named):
+        original(self, strategy, components, aggregation, layout, layout, *more, **named)
 
     monkeypatch.setattr(ShardedVariable, "__init__", whole)
     row = failures(made(dense, optimizer="adam"), zero_stage=1)["storage"]
