@@ -83,14 +83,15 @@ def fused_update(original: Callable) -> Callable:
             original(optimizer, distribution, grads_and_vars, learning_rate)
             return
         by_rows, compiled, others = [], [], []
+        device = _device_of(optimizer)
         for gradient, variable in grads_and_vars:
-            is_compiled = _is_compiled(optimizer, gradient, variable)
+            is_compiled = _is_compiled(device, gradient, variable)
             kind = by_rows if _is_by_rows(gradient) else compiled if is_compiled else others
             kind.append((gradient, variable))
         original(optimizer, distribution, by_rows, learning_rate)
-        with tf.device(_device_of(optimizer)):
+        with tf.device(device):
             _update_compiled(optimizer, compiled, learning_rate)
-            _update_groups(optimizer, others, learning_rate)
+            _update_groups(optimizer, device, others, learning_rate)
 
     return update
 
@@ -105,8 +106,9 @@ def decay_weights(
         gradients: of the variables. Those whose update is compiled are decayed by that.
         variables: what it is about to update.
     """
+    device = _device_of(optimizer)
     for gradient, variable in zip(gradients, variables, strict=True):
-        if _is_compiled(optimizer, gradient, variable):
+        if _is_compiled(device, gradient, variable):
             continue
         factor = _decay(optimizer, variable)
         if factor is None:
@@ -131,18 +133,13 @@ def _is_by_rows(gradient: Any) -> bool:
 def _device_of(optimizer: Any) -> str | None:
     """Where an optimizer computes: with its state, or with the weights if it has none."""
     program = current_program()
-    return (
-        program.update_device
-        if slots_of(optimizer)
-        else program.strategy.extended.host_of_parameters
-    )
+    hosts = program.strategy.extended
+    return program.update_device if slots_of(optimizer) else hosts.host_of_parameters
 
 
-def _is_compiled(optimizer: Any, gradient: Any, variable: ShardedVariable) -> bool:
-    """Whether a weight is updated by a compiled function, which has one device."""
-    if _is_by_rows(gradient) or variable.host != _device_of(optimizer):
-        return False
-    return is_large(gradient)
+def _is_compiled(device: str | None, gradient: Any, variable: ShardedVariable) -> bool:
+    """Whether a weight is updated by a compiled function, which has one device: the optimizer's."""
+    return variable.host == device and not _is_by_rows(gradient) and is_large(gradient)
 
 
 # --- one by one, compiled ------------------------------------------------------------------------
@@ -207,7 +204,9 @@ def _place_of(variable: ShardedVariable) -> tf.Tensor:
 # --- end to end, by Keras's ops ------------------------------------------------------------------
 
 
-def _update_groups(optimizer: Any, grads_and_vars: Sequence[Any], learning_rate: Any) -> None:
+def _update_groups(
+    optimizer: Any, device: str | None, grads_and_vars: Sequence[Any], learning_rate: Any
+) -> None:
     groups = _groups(*zip(*grads_and_vars, strict=True)) if grads_and_vars else []
     slots = slots_of(optimizer)
     # One after another: copies of all groups at once would be several of all weights.
@@ -217,7 +216,6 @@ def _update_groups(optimizer: Any, grads_and_vars: Sequence[Any], learning_rate:
         with tf.control_dependencies([*previous, *gradients]):
             gradient = packed(gradients)
         indices = [optimizer._get_variable_index(variable) for variable in variables]
-        device = _device_of(optimizer)
         weights = EndToEnd(variables, device)
         states = {
             name: [EndToEnd([of_slot[i].value for i in indices], device)]
