@@ -1,62 +1,10 @@
-"""Buckets: tensors that are communicated together, laid end to end.
+"""Tensors of a bucket (`llmos_tf.planning.buckets`), laid end to end, and when they are made."""
 
-A collective costs a latency and its bytes. Many small ones cost latencies; one of everything can
-start only when all is there. So tensors travel in buckets, in the order in which they are made, and
-a bucket leaves as soon as its last tensor is there, while the backward pass makes the next ones.
-"""
-
-from collections.abc import Hashable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
 
 import tensorflow as tf
 
 from llmos_tf.sharding.layout import pad_to
-
-
-class Bucket(NamedTuple):
-    """Tensors that are communicated together.
-
-    Args:
-        key: what they have in common.
-        members: their indices, in the order in which they are made.
-        ready: when the last of them is made.
-    """
-
-    key: Hashable
-    members: tuple[int, ...]
-    ready: int
-
-
-def plan_buckets(
-    keys: Mapping[int, Hashable],
-    sizes: Mapping[int, int],
-    made: Mapping[int, int],
-    limits: Mapping[Hashable, int],
-) -> list[Bucket]:
-    """Puts tensors into buckets in the order in which they are made.
-
-    Args:
-        keys: index of a tensor to what it has in common with others of its bucket.
-        sizes: index to bytes.
-        made: index to when the tensor is made, as a number; of those that are made at once the
-            later ones come first, as the backward pass goes from the last layer to the first.
-        limits: key to the bytes of a bucket; a larger tensor is one by itself.
-
-    Returns:
-        The buckets, in the order in which they are complete.
-    """
-    open_buckets: dict[Hashable, tuple[list[int], int]] = {}
-    closed = []
-    for i in sorted(keys, key=lambda i: (made[i], -i)):
-        key = keys[i]
-        members, total = open_buckets.get(key, ([], 0))
-        if members and total + sizes[i] > limits[key]:
-            closed.append((key, members))
-            members, total = [], 0
-        open_buckets[key] = ([*members, i], total + sizes[i])
-    closed += [(key, members) for key, (members, _) in open_buckets.items()]
-    buckets = [Bucket(key, tuple(m), max(made[i] for i in m)) for key, m in closed]
-    return sorted(buckets, key=lambda bucket: bucket.ready)
 
 
 def creation_order(tensors: Mapping[int, tf.Tensor]) -> dict[int, int]:

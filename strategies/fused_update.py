@@ -19,9 +19,10 @@ import keras
 import tensorflow as tf
 
 from llmos_tf.fusion import is_large
+from llmos_tf.planning.buckets import plan_buckets
 from llmos_tf.program import current_program
 from llmos_tf.sharding import ShardedVariable
-from llmos_tf.strategies.buckets import creation_order, packed, plan_buckets
+from llmos_tf.strategies.buckets import creation_order, packed
 from llmos_tf.strategies.stand_ins import EndToEnd, Held, numbers_of, optimizer_for, slots_of
 
 # What a group reads and writes stays in a processor's cache, and no copy of all weights is made.

@@ -13,16 +13,14 @@ import tensorflow as tf
 
 from llmos_tf import batch, collectives
 from llmos_tf.mesh import BATCH_AXES
-from llmos_tf.planning.bucket_size import default_bucket_bytes
+from llmos_tf.planning.buckets import Bucket, default_bucket_bytes, plan_buckets
 from llmos_tf.program import ReplicaProgram
 from llmos_tf.sharding import ShardedVariable
 from llmos_tf.sharding.lookups import are_positions
 from llmos_tf.strategies.buckets import (
-    Bucket,
     creation_order,
     packed,
     packed_rows,
-    plan_buckets,
     row_lengths,
     split_columns,
     unpacked,

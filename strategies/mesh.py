@@ -32,7 +32,7 @@ class MeshStrategy(tf.distribute.MirroredStrategy):
         context_method: how attention sees positions of other ranks of the `context` axis: "ring"
             (arXiv 2310.01889) or "ulysses" (all-to-all over heads, arXiv 2309.14509).
         bucket_bytes: how many bytes of gradients are reduced together; None chooses by the mesh
-            (`llmos_tf.planning.bucket_size`).
+            (`llmos_tf.planning.buckets`).
         gradient_compression: what is sent of gradients that are summed: None for all bits, "bf16",
             "fp16" or "int8" for fewer, "powersgd" for matrices of low rank. All but None train
             otherwise than one device does, by what docs/compression.md measures.

@@ -16,7 +16,7 @@ from llmos_tf.config import GPTConfig, MixtralConfig, ModelConfig
 from llmos_tf.mesh import Mesh
 from llmos_tf.planning import activations
 from llmos_tf.planning.activations import WIDE, Tokens
-from llmos_tf.planning.bucket_size import default_bucket_bytes
+from llmos_tf.planning.buckets import default_bucket_bytes, plan_buckets
 from llmos_tf.planning.stages import PER_ELEMENT, stages_of_units
 from llmos_tf.planning.weights import FIRST, LAST, Weight, total, weights_of
 from llmos_tf.strategies.schedules import Schedule
@@ -283,22 +283,21 @@ class _Stage:
             )
         return moments
 
-    def _full_buckets(self) -> list[tuple[str | int, float]]:
+    def _full_buckets(self) -> list[tuple[str | int, int]]:
         """Buckets of gradients: the unit of the model that most of each comes from, and bytes."""
-        plan, weights = self._plan, self._weights
-        sizes = {w: WIDE * w.slice_elements(self._mesh) for w in weights}
-        limit = plan.bucket_bytes
+        # In the order of the backward pass: what is used last first.
+        units = [LAST, *range(self._plan.config.num_layers - 1, -1, -1), FIRST]
+        weights = [w for u in units for w in reversed(self._weights) if w.units[0] == u]
+        sizes = dict(enumerate(WIDE * w.slice_elements(self._mesh) for w in weights))
+        limit = self._plan.bucket_bytes
         if limit is None:
             limit = default_bucket_bytes(self._mesh.batch_ways, sum(sizes.values()))
-        buckets: list[list[Weight]] = [[]]
-        # In the order of the backward pass: what is used last first.
-        for unit in [LAST, *range(plan.config.num_layers - 1, -1, -1), FIRST]:
-            for weight in reversed([w for w in weights if w.units[0] == unit]):
-                if sum(sizes[w] for w in [*buckets[-1], weight]) > limit and buckets[-1]:
-                    buckets.append([])
-                buckets[-1].append(weight)
+        buckets = plan_buckets(dict.fromkeys(sizes), sizes, {i: i for i in sizes}, {None: limit})
         return [
-            (max(bucket, key=sizes.get).units[0], sum(sizes[w] for w in bucket))
+            (
+                weights[max(bucket.members, key=sizes.get)].units[0],
+                sum(sizes[i] for i in bucket.members),
+            )
             for bucket in buckets
         ]
 

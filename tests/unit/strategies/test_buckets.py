@@ -10,11 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmos_tf import Mesh, collectives, devices
-from llmos_tf.planning.bucket_size import default_bucket_bytes
+from llmos_tf.planning.buckets import default_bucket_bytes, plan_buckets
 from llmos_tf.strategies import MeshStrategy
 from llmos_tf.strategies.buckets import (
     packed_rows,
-    plan_buckets,
     unpacked_rows,
 )
 from llmos_tf.wire import sending
