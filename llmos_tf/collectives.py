@@ -10,6 +10,8 @@ pairs (arXiv 1909.08053), for activations that are *replicated* along the axis, 
 is computed on every rank and counted once.
 """
 
+from collections.abc import Callable
+
 import tensorflow as tf
 
 from llmos_tf.collective_ops import Axes, Group
@@ -98,11 +100,7 @@ def all_reduce(x: tf.Tensor, axes: Axes, op: str = "sum", hierarchical: bool = F
     if op != "sum":
         return group.reduce(x, _MERGE_OPS[op])
 
-    @tf.custom_gradient
-    def summed(x):
-        return group.reduce(x), lambda dy: all_reduce(dy, axes)
-
-    return summed(x)
+    return _linear(x, group.reduce, lambda dy: all_reduce(dy, axes))
 
 
 def _sum_by_parts(x: tf.Tensor, outer: Axes, inner: str) -> tf.Tensor:
@@ -138,11 +136,7 @@ def all_gather(x: tf.Tensor, axes: Axes, dim: int = 0) -> tf.Tensor:
     if group.size == 1:
         return tf.identity(x)
 
-    @tf.custom_gradient
-    def gathered(x):
-        return group.gather(x, dim), lambda dy: reduce_scatter(dy, axes, dim)
-
-    return gathered(x)
+    return _linear(x, lambda x: group.gather(x, dim), lambda dy: reduce_scatter(dy, axes, dim))
 
 
 def reduce_scatter(x: tf.Tensor, axes: Axes, dim: int = 0) -> tf.Tensor:
@@ -166,11 +160,7 @@ def reduce_scatter(x: tf.Tensor, axes: Axes, dim: int = 0) -> tf.Tensor:
         return tf.identity(x)
     group.check_divides(x, dim)
 
-    @tf.custom_gradient
-    def scattered(x):
-        return group.reduce_scatter(x, dim), lambda dy: all_gather(dy, axes, dim)
-
-    return scattered(x)
+    return _linear(x, lambda x: group.reduce_scatter(x, dim), lambda dy: all_gather(dy, axes, dim))
 
 
 def all_to_all(
@@ -202,14 +192,11 @@ def all_to_all(
         return tf.identity(x)
     group.check_divides(x, split_dim)
 
-    @tf.custom_gradient
-    def exchanged(x):
-        return (
-            group.exchange(x, split_dim, concat_dim, usual_length),
-            lambda dy: all_to_all(dy, axes, concat_dim, split_dim, usual_length),
-        )
-
-    return exchanged(x)
+    return _linear(
+        x,
+        lambda x: group.exchange(x, split_dim, concat_dim, usual_length),
+        lambda dy: all_to_all(dy, axes, concat_dim, split_dim, usual_length),
+    )
 
 
 def broadcast(x: tf.Tensor, axes: Axes, root: int = 0) -> tf.Tensor:
@@ -240,15 +227,10 @@ def broadcast(x: tf.Tensor, axes: Axes, root: int = 0) -> tf.Tensor:
     # A sum in which all but the root give zero: the op of TensorFlow that broadcasts needs another
     # program on the root than elsewhere, and there is one program. `where`, not a product, so that
     # a NaN elsewhere stays out.
-    @tf.custom_gradient
-    def spread(x):
-        def gradient(dy):
-            total = group.reduce(dy)
-            return tf.where(at_root, total, tf.zeros_like(total))
+    def root_of(x):
+        return tf.where(at_root, x, tf.zeros_like(x))
 
-        return group.reduce(tf.where(at_root, x, tf.zeros_like(x))), gradient
-
-    return spread(x)
+    return _linear(x, lambda x: group.reduce(root_of(x)), lambda dy: root_of(group.reduce(dy)))
 
 
 def permute(x: tf.Tensor, axes: Axes, shift: int = 1) -> tf.Tensor:
@@ -268,11 +250,7 @@ def permute(x: tf.Tensor, axes: Axes, shift: int = 1) -> tf.Tensor:
     if shift % group.size == 0:
         return tf.identity(x)
 
-    @tf.custom_gradient
-    def shifted(x):
-        return group.permute(x, shift), lambda dy: permute(dy, axes, -shift)
-
-    return shifted(x)
+    return _linear(x, lambda x: group.permute(x, shift), lambda dy: permute(dy, axes, -shift))
 
 
 def copy_to_axis(x: tf.Tensor, axes: Axes) -> tf.Tensor:
@@ -290,11 +268,7 @@ def copy_to_axis(x: tf.Tensor, axes: Axes) -> tf.Tensor:
     if Group(axes, "copy_to_axis").size == 1:
         return x
 
-    @tf.custom_gradient
-    def copied(x):
-        return tf.identity(x), lambda dy: all_reduce(dy, axes)
-
-    return copied(x)
+    return _linear(x, tf.identity, lambda dy: all_reduce(dy, axes))
 
 
 def reduce_from_axis(x: tf.Tensor, axes: Axes) -> tf.Tensor:
@@ -313,11 +287,7 @@ def reduce_from_axis(x: tf.Tensor, axes: Axes) -> tf.Tensor:
     if group.size == 1:
         return x
 
-    @tf.custom_gradient
-    def reduced(x):
-        return group.reduce(x), lambda dy: dy
-
-    return reduced(x)
+    return _linear(x, group.reduce, lambda dy: dy)
 
 
 def gather_from_axis(x: tf.Tensor, axes: Axes, dim: int = -1) -> tf.Tensor:
@@ -335,11 +305,7 @@ def gather_from_axis(x: tf.Tensor, axes: Axes, dim: int = -1) -> tf.Tensor:
     if group.size == 1:
         return x
 
-    @tf.custom_gradient
-    def gathered(x):
-        return group.gather(x, dim), lambda dy: group.part(dy, dim)
-
-    return gathered(x)
+    return _linear(x, lambda x: group.gather(x, dim), lambda dy: group.part(dy, dim))
 
 
 def split_to_axis(x: tf.Tensor, axes: Axes, dim: int = -1) -> tf.Tensor:
@@ -361,8 +327,24 @@ def split_to_axis(x: tf.Tensor, axes: Axes, dim: int = -1) -> tf.Tensor:
         return x
     group.check_divides(x, dim)
 
-    @tf.custom_gradient
-    def split(x):
-        return group.part(x, dim), lambda dy: group.gather(dy, dim)
+    return _linear(x, lambda x: group.part(x, dim), lambda dy: group.gather(dy, dim))
 
-    return split(x)
+
+def _linear(
+    x: tf.Tensor,
+    forward: Callable[[tf.Tensor], tf.Tensor],
+    adjoint: Callable[[tf.Tensor], tf.Tensor],
+) -> tf.Tensor:
+    """What `forward` makes of `x`, and `adjoint` of its cotangent.
+
+    A gradient that is reduced is not differentiated again. There TensorFlow's custom gradient would
+    be in the way: it hands on `x` beside the result, which then cannot take its memory.
+    """
+    if require_program("collectives").reduces_gradients:
+        return forward(x)
+
+    @tf.custom_gradient
+    def differentiable(x):
+        return forward(x), adjoint
+
+    return differentiable(x)

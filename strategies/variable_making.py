@@ -33,15 +33,20 @@ def make_variable(extended: Any, next_creator: Callable, kwargs: dict[str, Any])
     strategy = extended.container_strategy()
 
     host = _host_of(extended, kwargs, beside)
+    shape = tuple(initial.shape)
+    is_metric = kwargs.get("synchronization") == tf.VariableSynchronization.ON_READ
+    if is_metric:
+        layout = update_layout = Layout((None,) * len(shape))
+    else:
+        layout, update_layout = _layouts(extended, path, shape, kwargs, beside)
+    # What ZeRO cuts further for its update is not written into: it is gathered anew.
+    own_memory = layout == update_layout
 
     def make(value, layout):
-        return _components(extended, next_creator, name, kwargs, value, layout, host)
+        return _components(extended, next_creator, name, kwargs, value, layout, host, own_memory)
 
-    if kwargs.get("synchronization") == tf.VariableSynchronization.ON_READ:
-        whole = Layout((None,) * initial.shape.rank)
-        return MetricVariable(strategy, make(initial, whole), kwargs["aggregation"])
-    shape = tuple(initial.shape)
-    layout, update_layout = _layouts(extended, path, shape, kwargs, beside)
+    if is_metric:
+        return MetricVariable(strategy, make(initial, layout), kwargs["aggregation"])
     kind = SeedVariable if name == "seed_generator_state" else ShardedVariable
     # Which stages hold a weight is known when its model is cut. The rest is on all of them.
     waits = extended.mesh.axis_size("pipe") > 1 and kind is ShardedVariable and shape != ()
@@ -113,13 +118,31 @@ def _components(
     value: tf.Tensor,
     layout: Layout,
     host: str | None,
+    own_memory: bool,
 ) -> list[tf.Variable]:
-    """One variable for each local rank, on its device or the host, with its part of a value."""
+    """One variable for each local rank, on its device or the host, with its part of a value.
+
+    Args:
+        extended: the strategy's `MeshExtended`.
+        next_creator: makes a plain variable.
+        name: of the variable.
+        kwargs: what the maker is to be told.
+        value: of one device.
+        layout: how it is cut.
+        host: the device of all of them, or None for each rank's own.
+        own_memory: whether each has memory of its own, to be written into.
+    """
     components = []
+    is_taken = False
     for position, rank in enumerate(extended.local_ranks):
         with tf.init_scope(), _internal.stop_recording():
             with tf.device("CPU:0"):
                 part = layout.part_of(value, extended.mesh, rank)
+                if part is value and own_memory:
+                    # CPU devices of one process share what is handed from one to another. The first
+                    # update would have to find other memory, in between what a step needs.
+                    part = tf.raw_ops.DeepCopy(x=part) if is_taken else part
+                    is_taken = True
             with tf.device(host or extended.mesh.devices[rank]):
                 own_name = name if position == 0 else f"{name}/rank_{rank}/"
                 components.append(next_creator(**_component_arguments(kwargs, own_name, part)))

@@ -3,6 +3,7 @@
 That they train the weights of one device is held by every test on a `data` axis.
 """
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -113,3 +114,26 @@ def test_what_cannot_be_cut_runs_its_collectives(strategy, function, expected):
     results, left = _run(strategy, function)
     np.testing.assert_allclose(results, [expected] * RANKS, rtol=1e-6)
     assert left or function is _in_a_loop
+
+
+def test_sums_take_the_memory_of_gradients(strategy):
+    """Fails if anything but its sum keeps a gradient, for then all gradients of all devices and
+    their sums are there at a time."""
+    with strategy.scope():
+        layer = keras.layers.Dense(3)
+        layer.build((None, 2))
+        optimizer = keras.optimizers.SGD(0.1)
+        optimizer.build(layer.trainable_variables)
+
+    def function():
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(layer(tf.ones([4, 2])))
+        optimizer.apply(tape.gradient(loss, [layer.kernel, layer.bias]))
+
+    step = tf.function(lambda: strategy.run(function), autograph=False)
+    graph = step.get_concrete_function().graph
+    sums = [op for op in graph.get_operations() if op.type == "AddN"]
+    assert len(sums) == 2
+    for op in sums:
+        assert len(op.inputs) == RANKS
+        assert [x.consumers() for x in op.inputs] == [[op]] * RANKS
