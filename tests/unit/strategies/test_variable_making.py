@@ -1,0 +1,44 @@
+"""What memory the components of a variable have on CPU devices of one process."""
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from llmos_tf import devices
+from llmos_tf.mesh import Mesh
+from llmos_tf.strategies import MeshStrategy
+
+RANKS = 2
+
+
+def _make(options, **axes):
+    mesh = Mesh(devices=devices.visible_devices()[:RANKS], **axes)
+    strategy = MeshStrategy(mesh, **options)
+    with strategy.scope():
+        weight = keras.Variable("uniform", shape=(8, 64), name="kernel")
+        optimizer = keras.optimizers.Adam()
+        optimizer.build([weight])
+    (moment,) = optimizer._momentums
+    return weight.value, moment.value
+
+
+def _addresses(variable):
+    """Where the values of components begin, in bytes."""
+    views = [np.asarray(memoryview(x.read_value())) for x in variable.values]
+    return [view.__array_interface__["data"][0] for view in views]
+
+
+def test_components_have_memory_of_their_own():
+    """Fails if devices share what each of them writes into: the first step would lay state down
+    anew, in between what a step needs."""
+    for variable in _make({}, data=RANKS):
+        assert len(set(_addresses(variable))) == RANKS
+        for component in variable.values:
+            np.testing.assert_array_equal(component, tf.convert_to_tensor(variable))
+
+
+def test_what_is_gathered_anew_is_shared():
+    """Fails if weights that ZeRO replaces in each step are laid down once for each device."""
+    weight, moment = _make({"zero_stage": 1}, data=RANKS)
+    assert len(set(_addresses(weight))) == 1
+    assert len(set(_addresses(moment))) == RANKS
