@@ -7,7 +7,8 @@ import keras
 
 from llmos_tf.config import ModelConfig
 from llmos_tf.mesh import Mesh
-from llmos_tf.planning.memory_model import Plan, memory_of
+from llmos_tf.planning.memory_model import memory_of
+from llmos_tf.planning.plan import Plan
 from llmos_tf.strategies.options import MeshOptions
 from llmos_tf.strategies.schedules import make_schedule
 

@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from llmos_tf.blocks import Block
 from llmos_tf.graph_cuts import Cut, GraphCuts, Ops
-from llmos_tf.memory.program_ops import SAME_MEMORY, bytes_of
+from llmos_tf.memory.op_outputs import SAME_MEMORY, bytes_of
 from llmos_tf.op_costs import cost_of, is_product
 
 # Ops with a seed of TensorFlow's own, or none, draw other numbers each time.

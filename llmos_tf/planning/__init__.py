@@ -4,7 +4,8 @@ import importlib
 from typing import Any
 
 from llmos_tf.planning.bubbles import Bubble, published_bubble
-from llmos_tf.planning.memory_model import Plan, memory_of
+from llmos_tf.planning.memory_model import memory_of
+from llmos_tf.planning.plan import Plan
 from llmos_tf.planning.simulation import Timeline, simulate
 from llmos_tf.planning.traffic import step_traffic, wire_bytes
 from llmos_tf.planning.training_step import TrainingStep

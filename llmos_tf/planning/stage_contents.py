@@ -1,0 +1,195 @@
+"""What the devices of a stage hold at one time or another, by closed formulas. No TensorFlow."""
+
+from collections.abc import Sequence
+
+from llmos_tf.planning import activations
+from llmos_tf.planning.activations import WIDE
+from llmos_tf.planning.buckets import default_bucket_bytes, plan_buckets
+from llmos_tf.planning.plan import Plan
+from llmos_tf.planning.weights import FIRST, LAST, Weight, total
+
+
+class StageContents:
+    """The devices that hold some units of a model: embeddings, blocks, last norm and logits.
+
+    Args:
+        plan: the run.
+        units: of the stage, or all.
+    """
+
+    def __init__(self, plan: Plan, units: Sequence[str | int]):
+        self._plan, self.units = plan, set(units)
+        self._mesh = plan.mesh
+        self.weights = [w for w in plan.weights if not self.units.isdisjoint(w.units)]
+        self.num_blocks = sum(isinstance(unit, int) for unit in units)
+
+    def kept(self) -> float:
+        """Activations that the stage's blocks keep, and their input.
+
+        Returns:
+            Bytes.
+        """
+        config, tokens = self._plan.config, self._plan.tokens
+        if self._plan.remat == "block":
+            return (self.num_blocks + 1) * activations.of_stream(config, tokens)
+        # What comes in; what goes out is kept by who gets it.
+        ends = 1 if LAST in self.units else 0
+        return self.num_blocks * activations.of_block(
+            config, tokens
+        ) + ends * activations.of_stream(config, tokens)
+
+    def made_before_first_block(self, kernels: tuple[str, ...]) -> float:
+        """Gradients of all that comes after the stage's first block, and of some of its kernels.
+
+        Args:
+            kernels: of the first block, parts of their names.
+
+        Returns:
+            Bytes.
+        """
+        first = min((unit for unit in self.units if isinstance(unit, int)), default=None)
+        done = [
+            w
+            for w in self.weights
+            if w.units[0] not in (FIRST, first)
+            or (w.units[0] == first and any(name in w.name for name in kernels))
+            or (LAST in w.units and LAST in self.units)
+        ]
+        return WIDE * total(done, lambda w: w.slice_elements(self._mesh))
+
+    def table_gradient(self) -> float:
+        """The gradient of the table of the last product.
+
+        Returns:
+            Bytes.
+        """
+        tables = [w for w in self.weights if LAST in w.units and w.is_kernel]
+        return WIDE * total(tables, lambda w: w.slice_elements(self._mesh))
+
+    def gradient_bytes(self) -> float:
+        """Gradients of all weights.
+
+        Returns:
+            Bytes.
+        """
+        return WIDE * total(self.weights, lambda w: w.slice_elements(self._mesh))
+
+    def gathered(self, blocks: int, done: Sequence[Weight] = ()) -> float:
+        """Weights that fsdp has gathered; those in 16 bits are copies.
+
+        Args:
+            blocks: of so many the weights are there, where blocks let go of theirs.
+            done: weights that are done with.
+
+        Returns:
+            Bytes.
+        """
+        if self._mesh.axis_size("fsdp") == 1 or self._plan.compute_bytes != WIDE:
+            return 0
+        return WIDE * self._kernel_elements(blocks, done)
+
+    def copies(self, blocks: int, done: Sequence[Weight] = ()) -> float:
+        """Weights in 16 bits.
+
+        Args:
+            blocks: of so many the weights are there, where blocks let go of theirs.
+            done: weights that are done with.
+
+        Returns:
+            Bytes.
+        """
+        if self._plan.compute_bytes == WIDE:
+            return 0
+        return self._plan.compute_bytes * self._kernel_elements(blocks, done)
+
+    def _kernel_elements(self, blocks: int, done: Sequence[Weight]) -> float:
+        """Of the kernels that are there.
+
+        Where blocks let go of theirs, these are what is outside and of so many blocks, without
+        those that are done with.
+        """
+
+        def elements(weights):
+            return total(weights, lambda w: w.slice_elements(self._mesh))
+
+        used = [w for w in self.weights if w.is_kernel and w.units != (FIRST,)]
+        # A single block is not known to be one.
+        if not self._plan.reshard_after_forward or self.num_blocks == 1:
+            return elements(used)
+        outside = elements([w for w in used if LAST in w.units])
+        share = min(blocks, self.num_blocks) / self.num_blocks
+        return (
+            outside
+            + share * (elements(used) - outside)
+            - elements([w for w in done if w.is_kernel])
+        )
+
+    def copies_of_host(self, blocks: int) -> float:
+        """Weights of the host that so many first blocks need for their backward pass.
+
+        With one more than there are, the last product is among them. Gathered, or in 16 bits,
+        weights are needed in another form.
+
+        Args:
+            blocks: how many.
+
+        Returns:
+            Bytes.
+        """
+        plan, mesh = self._plan, self._mesh
+        is_used = mesh.axis_size("fsdp") == 1 and plan.compute_bytes == WIDE
+        if not is_used or "parameters" not in plan.offload:
+            return 0
+        ends = [LAST] if blocks > plan.config.num_layers else []
+        needed = [w for w in self.weights if w.is_kernel and w.units[-1] in (*range(blocks), *ends)]
+        return WIDE * total(needed, lambda w: w.slice_elements(mesh))
+
+    def update_axes(self) -> tuple[str, ...]:
+        """Axes along which optimizer state is cut, once flattened.
+
+        Returns:
+            Names.
+        """
+        return ("fsdp", "data") if self._plan.zero_stage in (1, 2) else ("fsdp",)
+
+    def updated_elements(self) -> int:
+        """Elements of which this rank keeps the optimizer's state.
+
+        Returns:
+            How many.
+        """
+        return total(self.weights, lambda w: w.part_elements(self._mesh, self.update_axes()))
+
+    def full_buckets(self) -> list[tuple[str | int, int]]:
+        """Buckets of gradients: the unit of the model that most of each comes from, and bytes.
+
+        Returns:
+            One pair for each bucket, in the order of the backward pass.
+        """
+        # In the order of the backward pass: what is used last first.
+        units = [LAST, *range(self._plan.config.num_layers - 1, -1, -1), FIRST]
+        weights = [w for u in units for w in reversed(self.weights) if w.units[0] == u]
+        sizes = dict(enumerate(WIDE * w.slice_elements(self._mesh) for w in weights))
+        limit = self._plan.bucket_bytes
+        if limit is None:
+            limit = default_bucket_bytes(self._mesh.batch_ways, sum(sizes.values()))
+        buckets = plan_buckets(dict.fromkeys(sizes), sizes, {i: i for i in sizes}, {None: limit})
+        return [
+            (
+                weights[max(bucket.members, key=sizes.get)].units[0],
+                sum(sizes[i] for i in bucket.members),
+            )
+            for bucket in buckets
+        ]
+
+    def updated_early(self) -> float:
+        """Gradients that are used up before the first block's are made.
+
+        Returns:
+            Bytes.
+        """
+        if self._plan.update == "keras":
+            return 0.0
+        full = [bucket for unit, bucket in self.full_buckets() if unit not in (FIRST, 0)]
+        # The last of them is on its way.
+        return sum(full[:-1])
