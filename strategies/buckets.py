@@ -86,9 +86,11 @@ def unpacked_rows(rows: tf.Tensor, tensors: Sequence[tf.Tensor]) -> list[tf.Tens
     """
     lengths = row_lengths(tensors, rows.shape[0])
     columns = split_columns(rows, lengths)
+    flat = [tf.reshape(column, [-1]) for column in columns]
+    counts = [x.shape.num_elements() for x in tensors]
     return [
-        tf.reshape(tf.reshape(column, [-1])[: x.shape.num_elements()], x.shape)
-        for column, x in zip(columns, tensors, strict=True)
+        tf.reshape(one if one.shape[0] == count else one[:count], x.shape)
+        for one, count, x in zip(flat, counts, tensors, strict=True)
     ]
 
 

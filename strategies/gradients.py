@@ -116,15 +116,24 @@ def gather_updated_parts(program: ReplicaProgram) -> None:
         axes = variable.update_layout.flat[len(variable.layout.flat) :]
         plans[i] = Reduction(part.dtype, (), axes)
     parts = {i: part for i, (_, part) in enumerate(pending)}
-    for bucket in _buckets(program, plans, parts, creation_order(parts)):
+    # As large as what is gathered.
+    gathered = {i: variable.component for i, (variable, _) in enumerate(pending)}
+    by_edges = program.strategy.extended.shares_memory
+    previous: list[tf.Operation] = []
+    for bucket in _buckets(program, plans, gathered, creation_order(parts)):
         (axis,) = bucket.key.scatter_axes
         owners = [pending[i][0] for i in bucket.members]
         components = [variable.component for variable in owners]
-        flat = collectives.all_gather(packed([parts[i] for i in bucket.members]), axis)
-        rows = tf.reshape(flat, [program.mesh.axis_size(axis), -1])
-        for variable, whole in zip(owners, unpacked_rows(rows, components), strict=True):
+        # One after another: updates are through at about the same time, and all of the new weights
+        # would be there twice, as they are gathered and by themselves. Edges copy nothing.
+        with tf.control_dependencies([] if by_edges else previous):
+            mine = packed([parts[i] for i in bucket.members])
+        rows = tf.reshape(collectives.all_gather(mine, axis), [program.mesh.axis_size(axis), -1])
+        wholes = unpacked_rows(rows, components)
+        previous = []
+        for variable, whole in zip(owners, wholes, strict=True):
             with tf.device(variable.host):
-                variable.component.assign(whole)
+                previous.append(variable.component.assign(whole, read_value=False))
 
 
 def _lookup_gradient(gradient: Any, variable: ShardedVariable) -> tf.IndexedSlices | None:
@@ -189,7 +198,7 @@ def _reduction(program: ReplicaProgram, gradient: tf.Tensor, variable: Any) -> R
 def _buckets(
     program: ReplicaProgram,
     plans: Mapping[int, Reduction],
-    tensors: Mapping[int, tf.Tensor],
+    tensors: Mapping[int, tf.Tensor | tf.Variable],
     made: Mapping[int, int],
 ) -> list[Bucket]:
     """Buckets of tensors that are reduced alike, of the size that suits the mesh."""

@@ -4,8 +4,10 @@ from collections.abc import Iterable
 from typing import Any
 
 import keras
+import tensorflow as tf
 
 from llmos_tf.config import ModelConfig
+from llmos_tf.memory.liveness import READS
 from llmos_tf.mesh import Mesh
 from llmos_tf.planning.memory_model import memory_of
 from llmos_tf.planning.plan import Plan
@@ -106,6 +108,7 @@ def estimate(
         optimizer_scalars=scalars,
         update="keras" if without_strategy else "fused",
         decays=bool(optimizer.weight_decay),
+        early_values=_num_early(optimizer, dtype_policy) if without_strategy else 0,
         compute_bytes=_POLICIES[dtype_policy],
         bucket_bytes=bucket_bytes,
         remat=remat,
@@ -136,6 +139,35 @@ def _state_of(optimizer: keras.Optimizer) -> tuple[int, int]:
         )
     scalars = [v for v in copy.variables if tuple(v.shape) == ()]
     return len(slots), sum(map(_size, scalars))
+
+
+def _num_early(optimizer: keras.Optimizer, dtype_policy: str) -> int:
+    """How many values of a weight's size Keras computes before the gradient is there.
+
+    As they wait for nothing, TensorFlow computes them when a step begins: ρ v of RMSprop, momentum
+    that decays, and weights that do, unless they are read in 16 bits before.
+    """
+    copy = keras.optimizers.deserialize(keras.optimizers.serialize(optimizer))
+    weight = keras.Variable(keras.ops.zeros((3, 5)), name="weight")
+    copy.build([weight])
+
+    @tf.function(autograph=False)
+    def update(gradient):
+        copy.update_step(gradient, weight, copy.learning_rate)
+
+    graph = update.get_concrete_function(tf.TensorSpec(weight.shape, weight.dtype)).graph
+    late, late_ops, early = {graph.inputs[0].ref()}, set(), set()
+    for op in graph.get_operations():
+        if late.isdisjoint(x.ref() for x in op.inputs) and late_ops.isdisjoint(op.control_inputs):
+            continue
+        late_ops.add(op)
+        late.update(x.ref() for x in op.outputs)
+        early |= {
+            x.ref()
+            for x in op.inputs
+            if x.ref() not in late and x.shape == weight.shape and x.op.type != READS
+        }
+    return len(early) + bool(optimizer.weight_decay and dtype_policy == "float32")
 
 
 def _size(variable: keras.Variable) -> int:

@@ -139,6 +139,23 @@ def of_scores(config: ModelConfig, tokens: Tokens) -> float:
     return tokens.in_region * tokens.positions * config.num_heads / tokens.tensor * WIDE
 
 
+def of_multiplied_scores(config: ModelConfig, tokens: Tokens) -> float:
+    """Bytes of the scores that are multiplied with values, where softmax's result is kept beside.
+
+    They are gone when the softmax is differentiated.
+
+    Args:
+        config: of the model.
+        tokens: of the device.
+
+    Returns:
+        Bytes; 0 where softmax's result itself is multiplied.
+    """
+    if tokens.compute_bytes == WIDE and not config.dropout:
+        return 0.0
+    return of_scores(config, tokens) * tokens.compute_bytes / WIDE
+
+
 def in_gradient_of_attention(config: ModelConfig, tokens: Tokens) -> float:
     """Bytes that attention's gradient takes beside what was kept, but for some of the stream.
 

@@ -70,10 +70,9 @@ class _Moments:
             return self._in_pipeline(stage)
         rest = self._recomputed() if self._plan.remat == "block" else self._last_block()
         passes = [*self._turn(), *rest]
-        wide = self._plan.compute_bytes == WIDE
-        if self._plan.update == "keras" and self._plan.decays and wide:
-            # Weights decay at the beginning, into copies: the passes still read them.
-            passes = [{**m, "other": WIDE * self._contents.updated_elements()} for m in passes]
+        early = WIDE * self._plan.early_values * self._contents.updated_elements()
+        if early:
+            passes = [{**m, "other": early + m.get("other", 0)} for m in passes]
         passes += self._buckets()
         if "parameters" in self._plan.offload:
             copies = self._contents.copies_of_host(self._plan.config.num_layers + 1)
@@ -92,11 +91,15 @@ class _Moments:
         narrow = 0.0 if tokens.compute_bytes == WIDE else tokens.compute_bytes / WIDE * logits
         cast = narrow if tokens.tensor == 1 else 0.0
         sent = self._contents.gathered(0)
+        table = self._contents.table_gradient()
+        if self._mesh.axis_size("fsdp") > 1:
+            # It is of what was gathered in 16 bits.
+            table *= tokens.compute_bytes / WIDE
         return [
             {"activations": kept + logits + cast, "communication": sent},
             {
                 "activations": kept + stream,
-                "gradients": self._contents.table_gradient(),
+                "gradients": table,
                 "communication": sent,
             },
         ]
@@ -114,6 +117,7 @@ class _Moments:
             (
                 # What the other half kept is gone, with its norm's result.
                 activations.in_gradient_of_attention(config, tokens)
+                - activations.of_multiplied_scores(config, tokens)
                 - activations.of_feed_forward(config, tokens)
                 - stream,
                 (*kernels, "up/kernel", "experts/up", "output/kernel"),
@@ -157,30 +161,63 @@ class _Moments:
         """When a bucket of gradients is full, and they are laid together."""
         plan, mesh = self._plan, self._mesh
         if mesh.axis_size("fsdp") > 1:
-            # The largest gradient, cut into what each rank gets, and these in a row.
-            largest = WIDE * max(w.slice_elements(mesh) for w in self._contents.weights)
-            return [{"gradients": 2 * largest, "communication": self._contents.gathered(0)}]
-        if mesh.batch_ways == 1:
-            return []
+            return self._scattered_by_gathers()
         scatters = plan.zero_stage in (1, 2)
-        # The bucket and its sum, or its rows for each rank, and these in a row.
-        moments, blocks = [], self._contents.num_blocks
-        of_block = activations.of_stream if plan.remat == "block" else activations.of_block
-        kept = of_block(plan.config, plan.tokens)
-        full = self._contents.full_buckets()
-        # The embeddings' gradients come at once with the first block's.
-        last = sum(bucket for unit, bucket in full if unit in (FIRST, 0))
-        for unit, bucket in [*(one for one in full if one[0] not in (FIRST, 0)), (FIRST, last)]:
-            unfinished = 0 if unit == FIRST else blocks if unit == LAST else unit
+        moments = []
+        # Collectives go in the order of the program, in which those of the backward pass come
+        # first: where it has some, what is laid together waits until it is through.
+        in_order = ("tensor", "expert", *(("context",) if plan.context_method == "ulysses" else ()))
+        has_others = mesh.axis_size(in_order) > 1
+        before = alone = waiting = 0
+        for bucket in self._contents.full_buckets():
+            last = bucket.weights[-1]
+            now = {
+                "activations": self._contents.kept_before(last),
+                "other": self._contents.copies_of_host(self._blocks_before(bucket.unit)),
+            }
+            for table in bucket.weights if bucket.unit == FIRST else ():
+                # What lookups give is added to what the last product gives.
+                both = (2 if LAST in table.units else 1) * WIDE * table.slice_elements(mesh)
+                moments.append(
+                    {**now, "gradients": both + max(before, alone), "communication": waiting}
+                )
+            # Several are laid end to end, or in a row for each rank. Their sum takes that memory;
+            # what an exchange gives has its own.
+            if scatters:
+                laid = bucket.size + bucket.copied
+                moments.append({**now, "gradients": laid, "communication": waiting})
+            sent = bucket.size if scatters else bucket.copied
             moments.append(
-                {
-                    "activations": unfinished * kept,
-                    "gradients": (2 if scatters else 1) * bucket,
-                    "communication": bucket,
-                    "other": self._contents.copies_of_host(unfinished),
-                }
+                {**now, "gradients": bucket.size + alone, "communication": sent + waiting}
             )
+            before = bucket.size
+            if has_others:
+                waiting += bucket.copied
+                alone += bucket.size - bucket.copied
         return moments
+
+    def _scattered_by_gathers(self) -> list[dict[str, float]]:
+        """When a gradient is cut into what each rank gets, these are in a row, and then their sum.
+
+        That of a table comes at the end, with nothing else.
+        """
+        mesh = self._mesh
+
+        def largest(weights):
+            return WIDE * max((w.slice_elements(mesh) for w in weights), default=0)
+
+        tables = [w for w in self._contents.weights if w.units[0] == FIRST]
+        others = [w for w in self._contents.weights if w.units[0] != FIRST]
+        return [
+            {
+                "gradients": (2 + 1 / mesh.axis_size("fsdp")) * largest(tables),
+                "other": -self._contents.copies(0),
+            },
+            {"gradients": 2 * largest(others), "communication": self._contents.gathered(0)},
+        ]
+
+    def _blocks_before(self, unit: str | int) -> int:
+        return {FIRST: 0, LAST: self._contents.num_blocks}.get(unit, unit)
 
     def _update(self) -> list[dict[str, float]]:
         """When the optimizer is at work."""
@@ -199,16 +236,23 @@ class _Moments:
         # all that has been decayed.
         group = min(GROUP_BYTES, small)
         decayed = small if plan.decays else 0
-        whole = self._contents.gradient_bytes() if plan.zero_stage in (1, 2) else 0
+        scatters = plan.zero_stage in (1, 2)
+        full = self._contents.full_buckets() if scatters else []
+        gathered = max((bucket.size for bucket in full), default=0)
+        # Of large weights, until they are gathered.
+        new_parts = sum(sizes) - small if scatters else 0
+        apart = max((bucket.copied for bucket in full), default=0)
         return [
-            # New weights, gathered, and each by itself.
-            {"gradients": whole, "communication": whole},
+            # New parts, and of one bucket after another the weights, gathered and each by itself.
+            {"gradients": updated, "communication": gathered} if scatters else {},
+            {"gradients": updated + apart, "communication": apart} if scatters else {},
             # Each large weight when its gradient is there; that of a table in two parts, which are
             # summed.
             {"gradients": 2 * max(sizes)},
             {
-                "gradients": small + (1 if decayed else 2) * group,
+                "gradients": small + (1 if decayed else 2) * group + new_parts,
                 "other": (1 + plan.optimizer_slots) * group + decayed,
+                "communication": gathered,
             },
         ]
 

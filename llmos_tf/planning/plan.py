@@ -29,6 +29,8 @@ class Plan:
         update: "fused" where large weights are updated in place and small ones end to end in
             groups, "keras" where Keras's ops do it by themselves, as without a strategy.
         decays: whether the optimizer decays weights.
+        early_values: how many copies of all that is updated, changed, are there from the beginning
+            of a step.
         compute_bytes: size of a number that is computed with, 4 or 2.
         bucket_bytes: of gradients that are reduced together, or None.
         remat: "none", or "block" where each block is computed again in the backward pass.
@@ -51,6 +53,7 @@ class Plan:
     optimizer_scalars: int = 12
     update: str = "fused"
     decays: bool = False
+    early_values: int = 0
     compute_bytes: int = WIDE
     bucket_bytes: int | None = None
     remat: str = "none"

@@ -1,12 +1,39 @@
 """What the devices of a stage hold at one time or another, by closed formulas. No TensorFlow."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
+from llmos_tf.config import MixtralConfig
 from llmos_tf.planning import activations
 from llmos_tf.planning.activations import WIDE
 from llmos_tf.planning.buckets import default_bucket_bytes, plan_buckets
 from llmos_tf.planning.plan import Plan
 from llmos_tf.planning.weights import FIRST, LAST, Weight, total
+
+# How names of weights begin that come after a block's attention.
+_AFTER_ATTENTION = ("up/", "down/", "experts/", "router/", "feed_forward_norm/")
+
+
+class FullBucket(NamedTuple):
+    """Gradients that are reduced together.
+
+    Args:
+        weights: in the order in which their gradients are made.
+        size: bytes of all.
+    """
+
+    weights: tuple[Weight, ...]
+    size: int
+
+    @property
+    def copied(self) -> int:
+        """Bytes of the buffer in which several are laid end to end."""
+        return self.size if len(self.weights) > 1 else 0
+
+    @property
+    def unit(self) -> str | int:
+        """Where the last of them is made."""
+        return self.weights[-1].units[0]
 
 
 class StageContents:
@@ -160,27 +187,56 @@ class StageContents:
         """
         return total(self.weights, lambda w: w.part_elements(self._mesh, self.update_axes()))
 
-    def full_buckets(self) -> list[tuple[str | int, int]]:
-        """Buckets of gradients: the unit of the model that most of each comes from, and bytes.
+    def full_buckets(self) -> list[FullBucket]:
+        """Buckets of gradients.
 
         Returns:
-            One pair for each bucket, in the order of the backward pass.
+            Those of all gradients that are reduced, in the order of the backward pass.
         """
-        # In the order of the backward pass: what is used last first.
+        # What is used last comes first.
         units = [LAST, *range(self._plan.config.num_layers - 1, -1, -1), FIRST]
         weights = [w for u in units for w in reversed(self.weights) if w.units[0] == u]
-        sizes = dict(enumerate(WIDE * w.slice_elements(self._mesh) for w in weights))
-        limit = self._plan.bucket_bytes
-        if limit is None:
-            limit = default_bucket_bytes(self._mesh.batch_ways, sum(sizes.values()))
-        buckets = plan_buckets(dict.fromkeys(sizes), sizes, {i: i for i in sizes}, {None: limit})
+        ways = {i: self._ways(w) for i, w in enumerate(weights) if self._ways(w) > 1}
+        sizes = {i: WIDE * weights[i].slice_elements(self._mesh) for i in ways}
+        limits = dict.fromkeys(ways.values(), self._plan.bucket_bytes)
+        if self._plan.bucket_bytes is None:
+            for ranks in limits:
+                alike = sum(sizes[i] for i in ways if ways[i] == ranks)
+                limits[ranks] = default_bucket_bytes(ranks, alike)
+        buckets = plan_buckets(ways, sizes, {i: i for i in ways}, limits)
         return [
-            (
-                weights[max(bucket.members, key=sizes.get)].units[0],
-                sum(sizes[i] for i in bucket.members),
+            FullBucket(
+                tuple(weights[i] for i in bucket.members), sum(sizes[i] for i in bucket.members)
             )
             for bucket in buckets
         ]
+
+    def kept_before(self, weight: Weight) -> float:
+        """Activations that are kept when the gradient of a weight is made.
+
+        Args:
+            weight: of the stage.
+
+        Returns:
+            Bytes.
+        """
+        config, tokens, unit = self._plan.config, self._plan.tokens, weight.units[0]
+        if unit == FIRST:
+            return 0.0
+        blocks = self.num_blocks if unit == LAST else unit
+        if self._plan.remat == "block":
+            return blocks * activations.of_stream(config, tokens)
+        whole = activations.of_block(config, tokens)
+        after = activations.of_feed_forward(config, tokens) + activations.of_stream(config, tokens)
+        in_feed_forward = weight.name.startswith(_AFTER_ATTENTION)
+        return blocks * whole + (whole - after if in_feed_forward else 0.0)
+
+    def _ways(self, weight: Weight) -> int:
+        """Ranks that split the work of which a weight's gradient is summed."""
+        ways = self._mesh.axis_size(("data", "fsdp", "context"))
+        is_cut = "expert" in weight.axes
+        has_experts = isinstance(self._plan.config, MixtralConfig)
+        return ways * (self._mesh.axis_size("expert") if has_experts and not is_cut else 1)
 
     def updated_early(self) -> float:
         """Gradients that are used up before the first block's are made.
@@ -190,6 +246,6 @@ class StageContents:
         """
         if self._plan.update == "keras":
             return 0.0
-        full = [bucket for unit, bucket in self.full_buckets() if unit not in (FIRST, 0)]
-        # The last of them is on its way.
-        return sum(full[:-1])
+        full = [bucket.size for bucket in self.full_buckets() if bucket.unit not in (FIRST, 0)]
+        alone = [w for w in self.weights if self._ways(w) == 1 and w.units[0] not in (FIRST, 0)]
+        return sum(full) + WIDE * total(alone, lambda w: w.slice_elements(self._mesh))
