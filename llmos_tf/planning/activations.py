@@ -90,10 +90,11 @@ def of_block(config: ModelConfig, tokens: Tokens) -> float:
 def while_recomputed(config: ModelConfig, tokens: Tokens) -> tuple[float, float]:
     """Bytes while a block that was not kept is computed again and differentiated.
 
-    What it has computed is held until it is through: of GELU two tensors and of a gate six, the
-    scores before and after the softmax, and of the stream's width the block's input, two norms, q,
-    also divided, k, v, and what attention gives by head, in order and after the last product. To
-    them come those of the gradient, in either half.
+    What it has computed is held until it is through. Of the stream's width its input, two norms,
+    what attention gives and the gradient; over a tensor axis also both partial sums, and where
+    positions are split the norms, gathered. Of a query's width q, q divided, and attention's result
+    in order; the keys and the values; of rotated ones also their halves. The scores before and
+    after the softmax; of GELU two tensors, of a gate four.
 
     Args:
         config: of the model.
@@ -103,10 +104,26 @@ def while_recomputed(config: ModelConfig, tokens: Tokens) -> tuple[float, float]
         Bytes while its feed-forward half is differentiated, and while its attention is.
     """
     hidden, stream = of_hidden(config, tokens), of_stream(config, tokens)
-    scores = of_scores(config, tokens)
-    held = (2 if isinstance(config, GPTConfig) else 6) * hidden + 2 * scores + 9 * stream
-    in_feed_forward = held + in_gradient_of_hidden(config) * hidden + 2 * stream
-    return in_feed_forward, held + 2 * scores + 4 * stream
+    scores, is_gpt = of_scores(config, tokens), isinstance(config, GPTConfig)
+    region = tokens.in_region * config.hidden_size * tokens.compute_bytes
+    query = tokens.in_region * config.num_heads / tokens.tensor * config.head_dim
+    query *= tokens.compute_bytes
+    key = of_key_value(config, tokens) / 2
+    held = 3 * query + 2 * key + (0 if is_gpt else query + key)
+    held += 5 * stream + (2 * region if tokens.tensor > 1 else 0)
+    held += 2 * region if tokens.sequence_parallel else 0
+    held += 2 * scores + of_multiplied_scores(config, tokens)
+    if not scores:
+        held += _of_attention(config, tokens) - 2 * query - 2 * key - stream
+    in_feed_forward = 4 * hidden + stream if is_gpt else 12 * hidden
+    # The softmax's gradient, with that of the values; or those of q, k and v, also laid together;
+    # or where positions are split the gradient of what was gathered, cut, and in a row.
+    in_attention = max(
+        in_gradient_of_attention(config, tokens) + (2 if is_gpt else 1) * key,
+        2 * query + 4 * key if is_gpt else 0.0,
+        3 * region - 2 * key if tokens.sequence_parallel else 0.0,
+    )
+    return held + in_feed_forward, held + (2 if is_gpt else 4) * hidden + stream + in_attention
 
 
 def in_gradient_of_hidden(config: ModelConfig) -> int:

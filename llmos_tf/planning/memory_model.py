@@ -153,8 +153,15 @@ class _Moments:
                 # The block after is not quite through.
                 (bytes_now + activations.of_stream(config, tokens), first, 1),
             ):
-                copies = self._contents.copies_of_host(unfinished)
-                moments.append({"activations": activated, "gradients": gradients, "other": copies})
+                copies = self._contents.copies(1, head) - self._contents.copies(0)
+                moments.append(
+                    {
+                        "activations": activated,
+                        "gradients": gradients,
+                        "communication": self._contents.gathered(1, head),
+                        "other": self._contents.copies_of_host(unfinished) + copies,
+                    }
+                )
         return moments
 
     def _buckets(self) -> list[dict[str, float]]:

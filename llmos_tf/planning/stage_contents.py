@@ -141,7 +141,8 @@ class StageContents:
 
         used = [w for w in self.weights if w.is_kernel and w.units != (FIRST,)]
         # A single block is not known to be one.
-        if not self._plan.reshard_after_forward or self.num_blocks == 1:
+        lets_go = self._plan.reshard_after_forward and self.num_blocks > 1
+        if not lets_go and self._plan.remat == "none":
             return elements(used)
         outside = elements([w for w in used if LAST in w.units])
         share = min(blocks, self.num_blocks) / self.num_blocks
