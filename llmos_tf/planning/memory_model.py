@@ -298,18 +298,27 @@ class _Moments:
         tied = [w for w in self._contents.weights if {FIRST, LAST} <= set(w.units)]
         common = WIDE * total(tied, lambda w: w.slice_elements(self._mesh))
         sent = self._contents.gathered(0) + common
-        made = [
-            (hidden, self._contents.made_before_first_block(("down",))),
-            (scores, self._contents.made_before_first_block(("down", "up", "output/"))),
-            (0, sums),
-        ]
+        made = []
+        for more, done in ((hidden, ("down",)), (scores, ("down", "up", "output/"))):
+            copies = self._contents.copies_of_first_block(done)
+            made.append((more, self._contents.made_before_first_block(done), copies))
+        # In 16 bits the gradient of a table is there in these too.
+        narrow = 0 if plan.compute_bytes == WIDE else plan.compute_bytes / WIDE
+        tables = [w for w in self._contents.weights if w.units[0] == FIRST and w.is_kernel]
+        lookups = narrow * WIDE * total(tables, lambda w: w.slice_elements(self._mesh))
+        made.append((0, sums + lookups, 0))
         if LAST in self._contents.units:
-            narrow = 0 if plan.compute_bytes == WIDE else plan.compute_bytes / WIDE
             logits = activations.of_logits(config, plan.tokens) * (1 + narrow)
-            made.append((logits, self._contents.table_gradient()))
+            table = 0 if narrow else self._contents.table_gradient()
+            made.append((logits, table, self._contents.copies(0)))
         return [
-            {"activations": kept + more, "gradients": sums + gradients, "communication": sent}
-            for more, gradients in made
+            {
+                "activations": kept + more,
+                "gradients": sums + gradients,
+                "communication": sent,
+                "other": copies - self._contents.copies(0),
+            }
+            for more, gradients, copies in made
         ]
 
 

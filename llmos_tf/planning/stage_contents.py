@@ -129,6 +129,22 @@ class StageContents:
             return 0
         return self._plan.compute_bytes * self._kernel_elements(blocks, done)
 
+    def copies_of_first_block(self, done: tuple[str, ...]) -> float:
+        """Weights in 16 bits of the stage's first block, without kernels that are done with.
+
+        Args:
+            done: parts of their names.
+
+        Returns:
+            Bytes.
+        """
+        first = min((unit for unit in self.units if isinstance(unit, int)), default=None)
+        used = [w for w in self.weights if w.is_kernel and w.units[0] == first]
+        left = [w for w in used if not any(name in w.name for name in done)]
+        if self._plan.compute_bytes == WIDE:
+            return 0
+        return self._plan.compute_bytes * total(left, lambda w: w.slice_elements(self._mesh))
+
     def _kernel_elements(self, blocks: int, done: Sequence[Weight]) -> float:
         """Of the kernels that are there.
 

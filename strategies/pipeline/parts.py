@@ -11,6 +11,9 @@ from llmos_tf.program import ReplicaProgram
 from llmos_tf.sharding import SeedVariable
 from llmos_tf.strategies.pipeline.trace import ModelTrace, Read
 
+# Ops that make nothing new of their input, and whose other inputs are constants.
+_COPIES = ("Cast", "Identity", "Reshape")
+
 
 class Message(NamedTuple):
     """A tensor that one part sends to the next, or a gradient that it sends back.
@@ -104,6 +107,7 @@ class Division:
                 part += 1
             self._part_of[op.name] = part
         self.free = free
+        self._copies = _copies_of_weights(self._operations, trace.reads)
         self.parts = [Part() for _ in begins]
         for read in trace.reads:
             self.parts[part_of_unit(begins, read.unit)].reads.append(read)
@@ -203,8 +207,9 @@ class Division:
         inputs = [message.sent for message in part.gradient_outputs]
         weights = [after for _, after in part.sums]
         weights += [x for rows in part.rows for x in (rows.values, rows.indices)]
-        backward = cuts.ancestors(inputs, received, without=forward)
-        rest = cuts.ancestors(weights, received, without=forward | backward)
+        # Not kept: one for each microbatch on its way would be many times the weights.
+        backward = cuts.ancestors(inputs, received, without=forward - self._copies)
+        rest = cuts.ancestors(weights, received, without=(forward | backward) - self._copies)
         used = [*cuts.inputs_of(backward | rest), *inputs, *weights]
         known = {x.ref() for x in received}
         part.kept = _unique([x for x in used if x.op.name in forward or x.ref() in known])
@@ -255,6 +260,16 @@ def free_ops(graph: tf.Graph, known: Sequence[tf.Tensor]) -> set[str]:
         if all(source.name in free or source.name in given for source in sources):
             free.add(op.name)
     return free
+
+
+def _copies_of_weights(operations: Sequence[tf.Operation], reads: Sequence[Read]) -> Ops:
+    """Names of the ops that only turn weights into another type, such as one of 16 bits."""
+    weights = {read.value.op.name for read in reads}
+    copies: set[str] = set()
+    for op in operations:
+        if op.type in _COPIES and op.inputs[0].op.name in weights | copies:
+            copies.add(op.name)
+    return frozenset(copies)
 
 
 def _sum(read: Read, gradient: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:

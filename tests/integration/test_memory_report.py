@@ -87,6 +87,13 @@ CASES = {
         {"num_microbatches": 4},
         {},
     ),
+    # Where copies of weights in 16 bits are kept for each microbatch, they are half of the rest.
+    "llama-pipe-bfloat16": (
+        LLAMA_4,
+        {"pipe": 2},
+        {"num_microbatches": 4},
+        {"dtype_policy": "mixed_bfloat16", "optimizer": "adamw", "global_batch": 8, "seq_len": 64},
+    ),
     "gpt-remat": (GPT_SIZES, {"data": 2}, {}, {"remat": "block"}),
     "gpt-few-words": (GPT_FEW_WORDS, {}, {}, {"global_batch": 4, "seq_len": 512}),
     "gpt-by-blocks": (GPT_LONG, {}, {}, {"global_batch": 2, "seq_len": 1024}),
@@ -184,6 +191,7 @@ def make(config, mesh, options, optimizer="adam", dtype_policy="float32", remat=
 # Where two moments are as full as each other to less than 3%, of which the formulas may take the
 # other one: their totals are compared, and not what they consist of.
 EVEN = (
+    "llama-pipe-bfloat16",
     "mixtral-zero1",
     "gpt-zero1-one-block",
     "gpt-zero2-bucket",
@@ -200,6 +208,7 @@ IN_CI = (
     "gpt-sequence-bfloat16",
     "gpt-ring",
     "gpt-pipe",
+    "llama-pipe-bfloat16",
     "gpt-offload",
     "gpt-offload-state-few-tokens",
 )
