@@ -48,7 +48,9 @@ class StageContents:
         self._plan, self.units = plan, set(units)
         self._mesh = plan.mesh
         self.weights = [w for w in plan.weights if not self.units.isdisjoint(w.units)]
-        self.num_blocks = sum(isinstance(unit, int) for unit in units)
+        blocks = [unit for unit in units if isinstance(unit, int)]
+        self.num_blocks = len(blocks)
+        self._first_block = min(blocks, default=None)
 
     def kept(self) -> float:
         """Activations that the stage's blocks keep, and their input.
@@ -74,12 +76,11 @@ class StageContents:
         Returns:
             Bytes.
         """
-        first = min((unit for unit in self.units if isinstance(unit, int)), default=None)
         done = [
             w
             for w in self.weights
-            if w.units[0] not in (FIRST, first)
-            or (w.units[0] == first and any(name in w.name for name in kernels))
+            if w.units[0] not in (FIRST, self._first_block)
+            or (w.units[0] == self._first_block and any(name in w.name for name in kernels))
             or (LAST in w.units and LAST in self.units)
         ]
         return WIDE * total(done, lambda w: w.slice_elements(self._mesh))
@@ -138,11 +139,10 @@ class StageContents:
         Returns:
             Bytes.
         """
-        first = min((unit for unit in self.units if isinstance(unit, int)), default=None)
-        used = [w for w in self.weights if w.is_kernel and w.units[0] == first]
-        left = [w for w in used if not any(name in w.name for name in done)]
         if self._plan.compute_bytes == WIDE:
             return 0
+        used = [w for w in self.weights if w.is_kernel and w.units[0] == self._first_block]
+        left = [w for w in used if not any(name in w.name for name in done)]
         return self._plan.compute_bytes * total(left, lambda w: w.slice_elements(self._mesh))
 
     def _kernel_elements(self, blocks: int, done: Sequence[Weight]) -> float:

@@ -11,7 +11,7 @@ from llmos_tf.program import ReplicaProgram
 from llmos_tf.sharding import SeedVariable
 from llmos_tf.strategies.pipeline.trace import ModelTrace, Read
 
-# Ops that make nothing new of their input, and whose other inputs are constants.
+# Ops that make nothing new of their first input.
 _COPIES = ("Cast", "Identity", "Reshape")
 
 
