@@ -26,13 +26,14 @@ class CollectiveKeys:
         self._mesh = mesh
         # The first key, another one for each strategy of a process.
         self.first = _internal.reserve_collective_keys()
-        self._subsets: dict[tuple[str, ...], int] = {}
+        # By axes, and whether gradients are summed: these have groups of their own.
+        self._groups: dict[tuple[tuple[str, ...], bool], int] = {}
         self._edges: dict[tuple, int] = {}
         self._next_instance: dict[Any, int] = {"pipe": 1}
         split = [axis for axis in AXES if mesh.axis_size(axis) > 1]
         for length in range(len(split) + 1):
-            for axes in itertools.combinations(split, length):
-                self._subsets[axes] = self.first + len(self._subsets) * mesh.size
+            for group in itertools.product(itertools.combinations(split, length), (False, True)):
+                self._groups[group] = self.first + len(self._groups) * mesh.size
 
     def edge_keys(self, axes: tuple[str, ...], shift: int) -> int:
         """Returns the first of `mesh.size` keys of pairs; see `llmos_tf.point_to_point`.
@@ -46,7 +47,7 @@ class CollectiveKeys:
         """
         edge = (axes, shift)
         if edge not in self._edges:
-            taken = len(self._subsets) + len(self._edges)
+            taken = len(self._groups) + len(self._edges)
             self._edges[edge] = self.first + taken * self._mesh.size
         return self._edges[edge]
 
@@ -99,11 +100,14 @@ class CollectiveKeys:
             self._next_instance["pipe"] = start
             yield stage
 
-    def group_strides(self, axes: tuple[str, ...]) -> tuple[int, list[int]]:
+    def group_strides(
+        self, axes: tuple[str, ...], reduces_gradients: bool
+    ) -> tuple[int, list[int]]:
         """Returns (base, strides): a rank's key along `axes` is base + coordinate · strides.
 
         Args:
             axes: the axes along which the group extends, canonical.
+            reduces_gradients: whether it sums gradients.
 
         Returns:
             The key of the group at coordinate 0, and one stride for each mesh axis (0 on `axes`).
@@ -114,4 +118,4 @@ class CollectiveKeys:
             if AXES[position] not in split:
                 strides[position] = stride
                 stride *= self._mesh.axis_size(AXES[position])
-        return self._subsets[split], strides
+        return self._groups[split, reduces_gradients], strides

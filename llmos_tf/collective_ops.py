@@ -283,7 +283,7 @@ class Group:
             "group_size": self.size,
             "group_key": self._program.group_key(self.axes),
             "instance_key": self._instance_key(x),
-            "ordering_token": [self._program.token],
+            "ordering_token": [self._program.ordering_token],
             "communication_hint": self._program.communication,
         }
 

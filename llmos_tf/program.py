@@ -25,6 +25,8 @@ class ReplicaProgram(_internal.ReplicaContext):
         mesh: its mesh.
         coordinate: int32 ``[axes]``, the calling rank's coordinate, an input of the program.
         token: resource handle that orders this rank's collectives.
+        gradient_token: resource handle that orders those that sum gradients, which wait for no
+            other: a gradient that is there can be summed while the backward pass communicates.
         keys: collective keys of the strategy.
         communication: "ring", "nccl" or "auto".
         sequence_parallel: whether activations between blocks are split along positions over the
@@ -41,6 +43,7 @@ class ReplicaProgram(_internal.ReplicaContext):
         mesh: Mesh,
         coordinate: tf.Tensor,
         token: tf.Tensor,
+        gradient_token: tf.Tensor,
         keys: CollectiveKeys,
         communication: str,
         sequence_parallel: bool = False,
@@ -56,6 +59,7 @@ class ReplicaProgram(_internal.ReplicaContext):
         # Captured here, in the outermost graph: the backward body of a loop cannot capture an eager
         # tensor that its forward body did not.
         self.token = tf.compat.v1.get_default_graph().capture(token)
+        self.gradient_token = tf.compat.v1.get_default_graph().capture(gradient_token)
         self.keys = keys
         self.communication = communication
         self.sequence_parallel = sequence_parallel and mesh.axis_size("tensor") > 1
@@ -156,8 +160,16 @@ class ReplicaProgram(_internal.ReplicaContext):
             stride *= self.mesh.axis_size(axis)
         return self._dot(0, strides)
 
+    @property
+    def ordering_token(self) -> tf.Tensor:
+        """The resource that orders the collectives which are made now."""
+        return self.gradient_token if self.reduces_gradients else self.token
+
     def group_key(self, axes: tuple[str, ...]) -> tf.Tensor:
         """Returns the collective key of this rank's group along `axes`, int32 scalar.
+
+        Collectives of one group run in one order on all its ranks. So those that sum gradients,
+        which are not in the order of the others, have another key.
 
         Args:
             axes: canonical axis names.
@@ -165,7 +177,7 @@ class ReplicaProgram(_internal.ReplicaContext):
         Returns:
             The key as a tensor of the program.
         """
-        return self._dot(*self.keys.group_strides(axes))
+        return self._dot(*self.keys.group_strides(axes, self.reduces_gradients))
 
     def instance_key(self, axes: tuple[str, ...]) -> int | tf.Tensor:
         """Returns a key for one more collective op, below `MAX_INSTANCES`.

@@ -97,12 +97,10 @@ class MeshExtended(_internal.MirroredExtended):
         self.waiting: list[ShardedVariable] = []
         # How many pipelines were traced so far.
         self.num_pipelines = 0
-        self.tokens = self._make_tokens()
-
-    def _make_tokens(self) -> _internal.MirroredVariable:
-        """One resource for each rank, by which it orders its collectives."""
+        # Resources of each rank, by which it orders its collectives; those of gradients apart.
         zeros = [np.zeros([], np.float32)] * len(self._devices)
-        return self.make_rank_state("collective_order", zeros)
+        self.tokens = self.make_rank_state("collective_order", zeros)
+        self.gradient_tokens = self.make_rank_state("gradient_order", zeros)
 
     def make_rank_state(self, name: str, values: Sequence[np.ndarray]) -> Any:
         """Makes what each local rank keeps for itself, also while a program is traced.

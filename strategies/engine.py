@@ -193,6 +193,7 @@ class Engine:
             extended.mesh,
             coordinate,
             extended.tokens.values[position].handle,
+            extended.gradient_tokens.values[position].handle,
             extended.collective_keys,
             extended.communication,
             extended.options.sequence_parallel,

@@ -47,8 +47,9 @@ def sync_gradients(
 ) -> list[tf.Tensor]:
     """Sums gradients over the mesh, in the order in which the backward pass makes them.
 
-    A rank's collectives run one after the other, as they are traced. So what is there first has to
-    be reduced first, or all would wait for the gradient that is made last.
+    Collectives that sum gradients run one after the other, as they are traced. So what is there
+    first has to be reduced first, or all would wait for the gradient that is made last. They do not
+    wait for what the backward pass itself sends.
 
     Args:
         program: the program of this rank.
@@ -73,16 +74,16 @@ def sync_gradients(
             rows[i] = found
     buckets = _buckets(program, {i: plans[i] for i in dense}, dense, made)
     buckets += [Bucket(None, (i,), made[i]) for i in rows]
-    for bucket in sorted(buckets, key=lambda bucket: bucket.ready):
-        if bucket.key is None:
-            (i,) = bucket.members
-            results[i] = _gather_rows(program, rows[i], variables[i])
-            continue
-        owners = [variables[i] for i in bucket.members]
-        with program.having(reduces_gradients=True):
+    with program.having(reduces_gradients=True):
+        for bucket in sorted(buckets, key=lambda bucket: bucket.ready):
+            if bucket.key is None:
+                (i,) = bucket.members
+                results[i] = _gather_rows(program, rows[i], variables[i])
+                continue
+            owners = [variables[i] for i in bucket.members]
             reduced = _reduce(program, bucket.key, [dense[i] for i in bucket.members], owners)
-        for i, gradient in zip(bucket.members, reduced, strict=True):
-            results[i] = gradient
+            for i, gradient in zip(bucket.members, reduced, strict=True):
+                results[i] = gradient
     return results
 
 

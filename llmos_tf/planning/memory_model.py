@@ -9,6 +9,7 @@ step the fullest moment is one of four, since between them memory grows or shrin
 - *end*: all gradients are there, and are laid into buckets for their reduction.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -171,36 +172,34 @@ class _Moments:
             return self._scattered_by_gathers()
         scatters = plan.zero_stage in (1, 2)
         moments = []
-        # Collectives go in the order of the program, in which those of the backward pass come
-        # first: where it has some, what is laid together waits until it is through.
-        in_order = ("tensor", "expert", *(("context",) if plan.context_method == "ulysses" else ()))
-        has_others = mesh.axis_size(in_order) > 1
-        before = alone = waiting = 0
-        for bucket in self._contents.full_buckets():
-            last = bucket.weights[-1]
+        before = 0
+        # Of a tied table, what the last product gives waits for what the lookups do.
+        tied = [w for w in self._contents.weights if {FIRST, LAST} <= set(w.units)]
+        waiting = WIDE * total(tied, lambda w: w.slice_elements(mesh))
+        stream = activations.of_stream(plan.config, plan.tokens)
+        buckets = self._contents.full_buckets()
+        for bucket, following in itertools.zip_longest(buckets, buckets[1:]):
+            size, kept = bucket.size, self._contents.kept_before(bucket.weights[-1])
+            if bucket.unit != FIRST:
+                # The backward pass goes on meanwhile: with the stream's gradient and a branch's,
+                # and with the product that comes next.
+                kept += 3 * stream
+                size += waiting + (WIDE * following.next_product(mesh) if following else 0)
             now = {
-                "activations": self._contents.kept_before(last),
+                "activations": kept,
                 "other": self._contents.copies_of_host(self._blocks_before(bucket.unit)),
             }
             for table in bucket.weights if bucket.unit == FIRST else ():
                 # What lookups give is added to what the last product gives.
                 both = (2 if LAST in table.units else 1) * WIDE * table.slice_elements(mesh)
-                moments.append(
-                    {**now, "gradients": both + max(before, alone), "communication": waiting}
-                )
+                moments.append({**now, "gradients": both + before})
             # Several are laid end to end, or in a row for each rank. Their sum takes that memory;
             # what an exchange gives has its own.
             if scatters:
-                laid = bucket.size + bucket.copied
-                moments.append({**now, "gradients": laid, "communication": waiting})
+                moments.append({**now, "gradients": size + bucket.copied})
             sent = bucket.size if scatters else bucket.copied
-            moments.append(
-                {**now, "gradients": bucket.size + alone, "communication": sent + waiting}
-            )
+            moments.append({**now, "gradients": size, "communication": sent})
             before = bucket.size
-            if has_others:
-                waiting += bucket.copied
-                alone += bucket.size - bucket.copied
         return moments
 
     def _scattered_by_gathers(self) -> list[dict[str, float]]:

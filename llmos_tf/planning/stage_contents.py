@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from llmos_tf.config import MixtralConfig
+from llmos_tf.mesh import Mesh
 from llmos_tf.planning import activations
 from llmos_tf.planning.activations import WIDE
 from llmos_tf.planning.buckets import default_bucket_bytes, plan_buckets
@@ -34,6 +35,17 @@ class FullBucket(NamedTuple):
     def unit(self) -> str | int:
         """Where the last of them is made."""
         return self.weights[-1].units[0]
+
+    def next_product(self, mesh: Mesh) -> int:
+        """Returns the elements of the first of its gradients that is of a product.
+
+        Args:
+            mesh: of the run.
+
+        Returns:
+            Elements of the slice that a rank computes with; 0 if there is none.
+        """
+        return next((w.slice_elements(mesh) for w in self.weights if w.is_kernel), 0)
 
 
 class StageContents:

@@ -101,8 +101,10 @@ def _group(program: ReplicaProgram, key: tf.Tensor) -> frozenset[str]:
     split = _split(program)
     for length in range(1, len(split) + 1):
         for axes in itertools.combinations(split, length):
-            if program.group_key(program.mesh.canonical_axes(axes)) is key:
-                return frozenset(axes)
+            for reduces_gradients in (False, True):
+                with program.having(reduces_gradients=reduces_gradients):
+                    if program.group_key(program.mesh.canonical_axes(axes)) is key:
+                        return frozenset(axes)
     return _SAME
 
 

@@ -248,6 +248,8 @@ def trace_program(
         extended.mesh,
         coordinate,
         token,
+        # Gradients are summed after all microbatches, by the stages' own programs.
+        token,
         extended.collective_keys,
         extended.communication,
         extended.options.sequence_parallel,

@@ -66,7 +66,8 @@ def test_rows(lengths, ways, multiple):
 class Slow(keras.layers.Layer):
     """Passes its input on; its backward pass takes half a second on rank 1, and notes its end.
 
-    On one rank only, as a sleeping op holds one of TensorFlow's threads, of which there may be two.
+    Then it communicates, as that of a layer which is cut along `tensor` does. It sleeps on one rank
+    only, as a sleeping op holds one of TensorFlow's threads, of which there may be two.
     """
 
     def __init__(self, events):
@@ -84,9 +85,9 @@ class Slow(keras.layers.Layer):
         @tf.custom_gradient
         def slow(x):
             def gradient(dy):
-                rank = collectives.axis_index("data")
+                rank = collectives.axis_index(("data", "tensor"))
                 y = tf.numpy_function(wait, [dy, rank], dy.dtype, stateful=False)
-                return tf.ensure_shape(y, dy.shape)
+                return collectives.all_reduce(tf.ensure_shape(y, dy.shape), "tensor", op="max")
 
             return tf.identity(x), gradient
 
@@ -109,9 +110,11 @@ class Tied(keras.Model):
         return self.table(x, reverse=True)
 
 
-def test_reduces_while_backward_runs(monkeypatch):
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_reduces_while_backward_runs(monkeypatch, tensor):
     """Fails if the gradients that are there first wait for those that are made last: as the
-    gradient of a tied table, whether it is the first variable or the last."""
+    gradient of a tied table, whether it is the first variable or the last. Or if they wait for what
+    the backward pass sends itself."""
     events, original = [], tf.raw_ops.CollectiveReduceV2
 
     def observed(**arguments):
@@ -127,7 +130,9 @@ def test_reduces_while_backward_runs(monkeypatch):
         return y + tf.reshape(tf.numpy_function(note, [size], tf.float32, stateful=False), [])
 
     monkeypatch.setattr(tf.raw_ops, "CollectiveReduceV2", observed)
-    strategy = MeshStrategy(Mesh(data=2, devices=devices.visible_devices()[:2]), bucket_bytes=64)
+    mesh = Mesh(data=2, tensor=tensor, devices=devices.visible_devices()[: 2 * tensor])
+    layout = {"tied/dense/kernel": (None, "tensor")} if tensor > 1 else None
+    strategy = MeshStrategy(mesh, bucket_bytes=64, layout_map=layout)
     with strategy.scope():
         model = Tied(events)
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -138,5 +143,8 @@ def test_reduces_while_backward_runs(monkeypatch):
         model.train_on_batch(x, x)
         events.clear()
         model.train_on_batch(x, x)
-    # Two ranks: two kernels while rank 1 sleeps, the table after it.
-    assert events == [256] * 4 + ["backward"] + [800] * 2
+    # Of each rank two kernels while rank 1 sleeps, the table after it.
+    ranks = 2 * tensor
+    assert events.index("backward") == 2 * ranks
+    assert sorted(events[: 2 * ranks]) == [256 // tensor] * ranks + [256] * ranks
+    assert events[2 * ranks + 1 :] == [800] * ranks
