@@ -16,6 +16,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from in_turn import in_turn
 
 from llmos_tf import Mesh
 from llmos_tf.strategies import MeshStrategy
@@ -151,8 +152,7 @@ families = pytest.mark.parametrize("family", FAMILIES)
 meshes = pytest.mark.parametrize("mesh", MESHES)
 
 
-@families
-@meshes
+@pytest.mark.parametrize(("family", "mesh"), in_turn(FAMILIES, MESHES, 3))
 def test_fit_and_generate(float64, family, mesh):
     """Fails if the layouts of a family are not found, if its attention computes with another rank's
     heads, if a boolean mask is not split with the rows, or if each rank draws its own tokens."""

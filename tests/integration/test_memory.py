@@ -17,6 +17,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from in_turn import in_turn
 
 from llmos_tf import Mesh
 from llmos_tf.models import GPT, GPTConfig
@@ -98,8 +99,7 @@ def num_parameters(model):
     return sum(int(np.prod(v.shape)) for v in model.trainable_variables)
 
 
-@pytest.mark.parametrize("count", [2, 4, 8])
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(("stage", "count"), in_turn(STAGES, [2, 4, 8], 3))
 def test_zero_follows_its_formulas(stage, count):
     """Catches state that is not cut, a full copy beside the parts, or padding of more than 1%."""
     make_strategy, bytes_a_parameter = STAGES[stage]

@@ -6,6 +6,7 @@ checks.
 
 import ast
 import contextlib
+import fcntl
 import functools
 import json
 import os
@@ -91,16 +92,29 @@ def run_workers(worker, folder):
     ]
 
 
+def run_with_free_ports(worker, tmp_path_factory):
+    """As `run_workers`, and again where another process has taken a port in between."""
+    for _ in range(3):
+        printed = run_workers(worker, tmp_path_factory.mktemp("workers"))
+        if not any(taken in text for text in printed for taken in PORT_TAKEN):
+            break
+    return printed
+
+
 @pytest.fixture(scope="module")
-def outputs_of(tmp_path_factory):
+def outputs_of(tmp_path_factory, worker_id):
+    """What workers have printed. Test processes share it, or each of them would run all workers."""
+    own = tmp_path_factory.getbasetemp()
+    shared = own if worker_id == "master" else own.parent
+
     @functools.cache
     def run(worker):
-        for _ in range(3):
-            printed = run_workers(worker, tmp_path_factory.mktemp("workers"))
-            # Another process may have taken the port in between.
-            if not any(taken in text for text in printed for taken in PORT_TAKEN):
-                break
-        return printed
+        printed = shared / f"{worker}.json"
+        with (shared / f"{worker}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not printed.exists():
+                printed.write_text(json.dumps(run_with_free_ports(worker, tmp_path_factory)))
+            return json.loads(printed.read_text())
 
     return run
 

@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from in_turn import in_turn
 
 from llmos_tf import Mesh
 from llmos_tf.layers import TokenCrossEntropy
@@ -209,8 +210,9 @@ def one_device(optimizer):
     return train("one device", optimizer)
 
 
-@pytest.mark.parametrize("name", ["data2", "fsdp2", "tensor2"])
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(
+    ("optimizer", "name"), in_turn(OPTIMIZERS, ["data2", "fsdp2", "tensor2"], 3)
+)
 def test_every_mesh_has_the_weights_of_one_device(float64, optimizer, name):
     """Fails if a norm counts a slice once for each rank that has it or leaves out the others',
     if gradients are clipped before they are summed, or averages and accumulators are of parts."""
