@@ -63,7 +63,11 @@ class Plan:
 
     def __post_init__(self):
         if self.remat not in REMAT:
-            raise ValueError(f"remat is one of {', '.join(REMAT)}. Received: {self.remat!r}.")
+            raise ValueError(
+                f"remat is one of {', '.join(REMAT)}: what another way to rematerialise keeps is "
+                "counted of a model by memory.report. "
+                f"Received: {self.remat!r}."
+            )
         object.__setattr__(self, "weights", weights_of(self.config, self.mesh))
         parts = self.mesh.batch_ways * self.num_microbatches
         if self.global_batch % parts:
