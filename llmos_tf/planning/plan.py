@@ -64,8 +64,8 @@ class Plan:
     def __post_init__(self):
         if self.remat not in REMAT:
             raise ValueError(
-                f"remat is one of {', '.join(REMAT)}. Received: {self.remat!r}. What another way to "
-                "rematerialise keeps is counted of a model by memory.report."
+                f"remat is one of {', '.join(REMAT)}. Received: {self.remat!r}. What another way "
+                "to rematerialise keeps is counted of a model by memory.report."
             )
         object.__setattr__(self, "weights", weights_of(self.config, self.mesh))
         parts = self.mesh.batch_ways * self.num_microbatches
