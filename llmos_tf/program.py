@@ -134,6 +134,7 @@ class ReplicaProgram(_internal.ReplicaContext):
         self._coordinate = coordinate
         self._graph = tf.compat.v1.get_default_graph()
         self._cache: dict[Any, tf.Tensor | None] = {}
+        self._axes_of_keys: dict[Any, frozenset[str]] = {}
 
     @property
     def replica_id_in_sync_group(self) -> tf.Tensor:
@@ -177,7 +178,20 @@ class ReplicaProgram(_internal.ReplicaContext):
         Returns:
             The key as a tensor of the program.
         """
-        return self._dot(*self.keys.group_strides(axes, self.reduces_gradients))
+        key = self._dot(*self.keys.group_strides(axes, self.reduces_gradients))
+        self._axes_of_keys[key.ref()] = frozenset(a for a in axes if self.mesh.axis_size(a) > 1)
+        return key
+
+    def axes_of_group(self, key: tf.Tensor) -> frozenset[str]:
+        """Returns the axes of the group that a key names.
+
+        Args:
+            key: as `group_key` has returned it.
+
+        Returns:
+            Those of more than one rank; none for any other tensor.
+        """
+        return self._axes_of_keys.get(key.ref(), frozenset())
 
     def instance_key(self, axes: tuple[str, ...]) -> int | tf.Tensor:
         """Returns a key for one more collective op, below `MAX_INSTANCES`.

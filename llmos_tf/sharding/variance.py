@@ -6,7 +6,6 @@ it up over the ranks has to count it once. A sum that a rank has taken over its 
 JAX tracks the same as "varying manual axes" in the types of `shard_map`.
 """
 
-import itertools
 from typing import Any
 
 import tensorflow as tf
@@ -78,7 +77,7 @@ def _axes_of(program: ReplicaProgram, tensor: tf.Tensor, inputs: frozenset[str])
     if op.type == "ReadVariableOp":
         return _axes_of_variable(program, _outer(op.inputs[0]))
     if op.type in _UNITING:
-        return inputs - _group(program, _outer(op.inputs[2]))
+        return inputs - program.axes_of_group(_outer(op.inputs[2]))
     # A placeholder that captures nothing is an argument: rows, or the rank's coordinate.
     if op.type == "Placeholder" or op.op_def.is_stateful:
         return _split(program).intersection(BATCH_AXES)
@@ -94,18 +93,6 @@ def _axes_of_variable(program: ReplicaProgram, handle: tf.Tensor) -> frozenset[s
     if type(variable) is not ShardedVariable or id(variable) in program.statistics:
         return axes
     return axes.intersection((*variable.layout.dims, *variable.layout.flat))
-
-
-def _group(program: ReplicaProgram, key: tf.Tensor) -> frozenset[str]:
-    """The axes of the group that a key names."""
-    split = _split(program)
-    for length in range(1, len(split) + 1):
-        for axes in itertools.combinations(split, length):
-            for reduces_gradients in (False, True):
-                with program.having(reduces_gradients=reduces_gradients):
-                    if program.group_key(program.mesh.canonical_axes(axes)) is key:
-                        return frozenset(axes)
-    return _SAME
 
 
 def _split(program: ReplicaProgram) -> frozenset[str]:

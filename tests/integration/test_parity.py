@@ -9,6 +9,7 @@ import functools
 import keras
 import numpy as np
 import pytest
+from in_turn import in_turn
 
 from llmos_tf import Mesh
 from llmos_tf.layers import TokenCrossEntropy
@@ -61,16 +62,7 @@ MESHES = {
 
 
 # Of each mesh every change trains one of the models, in turn; the other is nightly.
-CASES = [
-    pytest.param(
-        model,
-        mesh,
-        id=f"{model}-{mesh}",
-        marks=[] if (i + j) % 2 == 0 else pytest.mark.nightly,
-    )
-    for i, model in enumerate(MODELS)
-    for j, mesh in enumerate(MESHES)
-]
+CASES = in_turn(MODELS, MESHES, 2)
 
 
 @functools.cache

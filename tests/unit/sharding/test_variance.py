@@ -34,6 +34,11 @@ def in_a_branch(x):
     return tf.cond(x[0] > 0, lambda: x, lambda: -x)
 
 
+def in_the_order_of_gradients(x):
+    with current_program().having(reduces_gradients=True):
+        return collectives.all_reduce(x, "data")
+
+
 CASES = {
     "rows": (lambda m, x: x, BOTH),
     "number": (lambda m, x: 1.0, set()),
@@ -41,6 +46,7 @@ CASES = {
     "loss": (lambda m, x: tf.sqrt(batch.total(tf.reduce_sum(x)) + 1.0), set()),
     "own sum beside a loss": (lambda m, x: batch.total(tf.reduce_sum(x)) + x[0], BOTH),
     "sum along data": (lambda m, x: collectives.all_reduce(x, "data"), {"fsdp"}),
+    "summed gradient": (lambda m, x: in_the_order_of_gradients(x), {"fsdp"}),
     "sum along fsdp": (lambda m, x: collectives.all_reduce(x, "fsdp"), {"data"}),
     "gathered": (lambda m, x: collectives.all_gather(x, BOTH), set()),
     "scattered": (lambda m, x: collectives.reduce_scatter(x, "data"), BOTH),
