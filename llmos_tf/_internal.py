@@ -343,6 +343,11 @@ def unspecialized() -> contextlib.AbstractContextManager:
     )
 
 
+def rename(variable: tf.Variable, name: str) -> None:
+    """Gives another name to a variable that is made; in public it has the one it was made by."""
+    variable._handle_name = f"{name}:0"
+
+
 @contextlib.contextmanager
 def op_attribute(graph: Any, name: str, value: bytes) -> Iterator[None]:
     """Gives an attribute to the ops that are made in a graph while this is entered.

@@ -13,6 +13,9 @@ import tensorflow as tf
 from llmos_tf import _internal
 from llmos_tf.sharding import Layout, MetricVariable, SeedVariable, ShardedVariable
 
+# With the slash it is whole: no name scope comes before it.
+_ANY_NAME = "component/"
+
 
 def make_variable(extended: Any, next_creator: Callable, kwargs: dict[str, Any]) -> Any:
     """Makes a variable of the mesh.
@@ -106,7 +109,7 @@ def _on_host(
 ) -> list[tf.Variable]:
     """One variable in place of all components."""
     with tf.init_scope(), _internal.stop_recording(), tf.device("CPU:0"):
-        variable = next_creator(**_component_arguments(kwargs, name, initial))
+        variable = _component(next_creator, kwargs, name, initial)
     return [variable] * len(extended.local_ranks)
 
 
@@ -145,7 +148,7 @@ def _components(
                     is_taken = True
             with tf.device(host or extended.mesh.devices[rank]):
                 own_name = name if position == 0 else f"{name}/rank_{rank}/"
-                components.append(next_creator(**_component_arguments(kwargs, own_name, part)))
+                components.append(_component(next_creator, kwargs, own_name, part))
     return components
 
 
@@ -155,6 +158,21 @@ def _initial_value(kwargs: dict) -> tf.Tensor:
     with tf.init_scope(), _internal.stop_recording(), tf.device("CPU:0"):
         value = initial() if callable(initial) else initial
         return tf.convert_to_tensor(value, dtype=kwargs.get("dtype"))
+
+
+def _component(next_creator: Callable, kwargs: dict, name: str, value: tf.Tensor) -> tf.Variable:
+    """Makes the variable of one rank.
+
+    TensorFlow keeps a function, of 38 KB, for each name that it ever made a variable of, and takes
+    0.7 ms to make it. Of 12 blocks on 8 devices there are 4,700. So all are made by one name and
+    are given their own afterwards; in a graph of TensorFlow 1 the name is what tells them apart.
+    """
+    if not tf.executing_eagerly():
+        return next_creator(**_component_arguments(kwargs, name, value))
+    variable = next_creator(**_component_arguments(kwargs, _ANY_NAME, value))
+    path = (tf.get_current_name_scope(), name.removesuffix("/"))
+    _internal.rename(variable, "/".join(filter(None, path)))
+    return variable
 
 
 def _component_arguments(kwargs: dict, name: str, value: tf.Tensor) -> dict:
