@@ -8,6 +8,7 @@ for, or why there is none.
 import contextlib
 import inspect
 import itertools
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -79,8 +80,14 @@ from tensorflow.python.framework.auto_control_deps_utils import (
 # `tf.type_spec_from_value` is public; the base class of a user-defined CompositeTensor is not.
 from tensorflow.python.framework.composite_tensor import CompositeTensor
 
+# Who traces a graph, cuts functions out of it and throws it away has no public way to say so.
+from tensorflow.python.framework.func_graph import dismantle_func_graph
+
 # Functions of a graph that was imported are definitions alone; see `graph_of_function`.
 from tensorflow.python.framework.function_def_to_graph import function_def_to_graph
+
+# There is no public way to take back what `tf.custom_gradient` has registered.
+from tensorflow.python.framework.ops import gradient_registry
 
 # `tf.Variable` goes through the creators of the scope that is entered, and makes a variable of the
 # mesh there; an exported model has plain ones.
@@ -315,6 +322,37 @@ def add_functions(source: Any, target: Any) -> None:
     """
     for function in list(source._functions.values()):
         target._add_function_recursive(function)
+
+
+def keep_gradients_with(graph: Any) -> None:
+    """Has the custom gradients of a graph's ops live as long as the graph.
+
+    `tf.custom_gradient` puts a function into TensorFlow's register of gradients, for ever. It
+    refers to tensors of the graph in which it was called, and so keeps that graph for ever too.
+    """
+    names = {
+        op.get_attr("_gradient_op_type").decode()
+        for op in graph.get_operations()
+        if op.type == "IdentityN" and "_gradient_op_type" in op.node_def.attr
+    }
+    register = gradient_registry._registry
+    kept = {name: register[name]["type"] for name in names if name in register}
+    graph.custom_gradients = kept
+    of_graph = weakref.ref(graph)
+    for name in kept:
+        register[name]["type"] = lambda op, *upstream, name=name: (
+            of_graph().custom_gradients[name](op, *upstream)
+        )
+        weakref.finalize(graph, register.pop, name, None)
+
+
+def let_go(graph: Any) -> None:
+    """Gives back what a traced graph takes; neither it nor a function of it can be used again.
+
+    A graph and its ops refer to each other, so that it would stay until Python looks for such.
+    """
+    graph.custom_gradients = {}
+    dismantle_func_graph(graph)
 
 
 def attributes_of_function(graph: Any, name: str) -> Any:

@@ -199,9 +199,11 @@ class Block:
         specs = [tf.TensorSpec(tensor.shape, tensor.dtype) for tensor in self.inputs]
         try:
             # Not inlined: the graph optimizer would find the same ops twice and keep the results.
-            return tf.function(body, autograph=False, **options).get_concrete_function(
+            concrete = tf.function(body, autograph=False, **options).get_concrete_function(
                 tf.TensorSpec([], tf.int32), *specs
             )
+            _internal.keep_gradients_with(concrete.graph)
+            return concrete
         except NotABlock:
             # What was read outside, by collectives maybe, serves the blocks inside this one.
             graph = id(self._outer_graph)

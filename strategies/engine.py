@@ -82,10 +82,14 @@ class Engine:
             phases = Phases.of(traced) if extended.shares_memory else None
             if phases is not None:
                 results.update(enumerate(self._call_phases(phases, values)))
+                _internal.let_go(traced.graph)
                 continue
             for position in positions:
                 results[position] = self._call(traced, position, values[position])
-        return _internal.regroup(tuple(results[i] for i in extended.batch_representatives))
+        first = tuple(results[i] for i in extended.batch_representatives)
+        return _internal.regroup(
+            tf.nest.map_structure(_without_gradient, first, expand_composites=True)
+        )
 
     def _trace(
         self,
@@ -142,6 +146,7 @@ class Engine:
             concrete = traced.get_concrete_function(coordinate_spec, rows_spec, *specs)
         if programs[-1].communicates:
             _check_not_shared(concrete)
+        _internal.keep_gradients_with(concrete.graph)
         return concrete
 
     def _lend_rows(
@@ -279,6 +284,20 @@ def _or_lent(x: tf.Tensor, row: tf.Tensor) -> tf.Tensor:
 
 def _own_rows(result: Any) -> Any:
     return batch.own_rows(result) if isinstance(result, tf.Tensor) else result
+
+
+def _without_gradient(result: Any) -> Any:
+    """The same value, of which a gradient is refused: it would be one rank's, and of its own part.
+
+    Each rank has a variable of its own, and the caller's tape knows the first rank's.
+    """
+    if not (tf.is_tensor(result) and result.dtype.is_floating):
+        return result
+    return tf.raw_ops.PreventGradient(
+        input=result,
+        message="It was asked for outside of strategy.run. Use the GradientTape inside of the "
+        "function that strategy.run calls.",
+    )
 
 
 def _common_spec(values: tuple[tf.Tensor, ...]) -> tf.TensorSpec:

@@ -26,6 +26,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from llmos_tf import _internal
 from llmos_tf.batch import weigh_rows
 from llmos_tf.layers import TokenCrossEntropy
 from llmos_tf.models.language_model import LanguageModel
@@ -87,8 +88,7 @@ def make_train_step(
     # Three arguments always: to reduce retracing, TensorFlow compares them one by one.
     @tf.function(reduce_retracing=True, autograph=False)
     def step(x, y=None, sample_weight=None, *more):
-        per_replica = split_batch(as_batch(x, y, sample_weight, *more), strategy)
-        return _first(strategy.run(replica_step, args=per_replica), strategy)
+        return _run(replica_step, as_batch(x, y, sample_weight, *more), strategy)
 
     return step
 
@@ -116,10 +116,16 @@ def make_loss_step(model: keras.Model, loss: Any) -> tf.types.experimental.Polym
 
     @tf.function(reduce_retracing=True, autograph=False)
     def step(x, y=None, sample_weight=None, *more):
-        per_replica = split_batch(as_batch(x, y, sample_weight, *more), strategy)
-        return _first(strategy.run(replica_step, args=per_replica), strategy)
+        return _run(replica_step, as_batch(x, y, sample_weight, *more), strategy)
 
     return step
+
+
+def _run(replica_step: Callable, batch: Batch, strategy: tf.distribute.Strategy) -> tf.Tensor:
+    """Runs a replica function on the ranks' rows of a global batch, while a step is traced."""
+    result = strategy.run(replica_step, args=split_batch(batch, strategy))
+    _internal.keep_gradients_with(tf.compat.v1.get_default_graph())
+    return _first(result, strategy)
 
 
 def train_step(

@@ -8,6 +8,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from llmos_tf import _internal
 from llmos_tf.sharding import ShardedVariable
 from llmos_tf.strategies.pipeline.cut import count_costs, cut_by_cost
 from llmos_tf.strategies.pipeline.parts import free_ops, part_of_unit
@@ -195,6 +196,7 @@ def _trace_one_row(extended: Any, model: keras.Model, inputs: Any) -> tuple[Mode
         tf.function(body, autograph=False).get_concrete_function(
             coordinate, tf.TensorSpec([], tf.resource), scalar, specs
         )
+    _internal.keep_gradients_with(made[0][0].graph)
     return made[0]
 
 

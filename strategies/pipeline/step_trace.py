@@ -6,6 +6,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from llmos_tf import _internal
 from llmos_tf.blocks import NotABlock
 from llmos_tf.graph_cuts import Cut, GraphCuts
 from llmos_tf.program import ReplicaProgram
@@ -134,6 +135,7 @@ def trace_step(
         ) from None
     division, trace = made.pop("division"), made["trace"]
     _check_captures(trace.graph)
+    _internal.keep_gradients_with(trace.graph)
     splits = differentiated and extended.schedule.splits_backward
     cuts = GraphCuts(trace.graph)
     states = [value for variable, value in trace.writes if isinstance(variable, SeedVariable)]
