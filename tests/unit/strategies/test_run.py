@@ -132,6 +132,23 @@ def test_a_value_of_another_replica_is_not_taken():
         strategy.run(lambda: tf.identity(values))
 
 
+@pytest.mark.parametrize("mesh", MESHES)
+def test_a_gradient_from_outside_is_refused(mesh):
+    """Catches a gradient of what a run returns, which was that of the first rank's part."""
+    strategy = strategy_of(mesh)
+    with strategy.scope():
+        variable = tf.Variable(2.0)
+
+    @tf.function(autograph=False)
+    def outside():
+        with tf.GradientTape() as tape:
+            loss = strategy.reduce("SUM", strategy.run(lambda: variable * variable), axis=None)
+        return tape.gradient(loss, variable)
+
+    with pytest.raises(LookupError, match="Use the GradientTape inside of the function"):
+        outside()
+
+
 def test_what_is_one_for_all_devices_is_not_changed_in_turns():
     """Catches devices that take turns in a shared resource and meet in a collective: for ever.
 

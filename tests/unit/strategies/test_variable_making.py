@@ -37,6 +37,31 @@ def test_components_have_memory_of_their_own():
             np.testing.assert_array_equal(component, tf.convert_to_tensor(variable))
 
 
+def test_variables_are_made_by_one_name():
+    """Fails if the name that makes a variable is its own: TensorFlow keeps a function of 38 KB for
+    each. What it is called afterwards tells rank and scope."""
+    made_by = []
+
+    def noting(next_creator, **kwargs):
+        made_by.append(kwargs["name"])
+        return next_creator(**kwargs)
+
+    mesh = Mesh(devices=devices.visible_devices()[:RANKS], data=RANKS)
+    strategy = MeshStrategy(mesh)
+    with tf.variable_creator_scope(noting), strategy.scope(), keras.name_scope("block"):
+        weights = [keras.Variable("zeros", shape=(8,), name=name) for name in ("kernel", "bias")]
+    assert len(made_by) == 2 * RANKS
+    assert len(set(made_by)) == 1
+    names = [component.name for weight in weights for component in weight.value.values]
+    assert names == [
+        "block/kernel:0",
+        "block/kernel/rank_1:0",
+        "block/bias:0",
+        "block/bias/rank_1:0",
+    ]
+    assert [weight.value.name for weight in weights] == ["block/kernel:0", "block/bias:0"]
+
+
 def test_what_is_gathered_anew_is_shared():
     """Fails if weights that ZeRO replaces in each step are laid down once for each device."""
     weight, moment = _make({"zero_stage": 1}, data=RANKS)

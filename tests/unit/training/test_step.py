@@ -1,6 +1,7 @@
 """The train step: its update is the formula's, on every mesh that of one device."""
 
 import functools
+import gc
 
 import keras
 import numpy as np
@@ -239,3 +240,34 @@ def test_fit_has_the_same_weights(float64):
     np.testing.assert_allclose(reported, np.cumsum(losses) / [1, 2, 3], atol=TOLERANCE)
     for one, other in zip(model.get_weights(), weights, strict=True):
         np.testing.assert_allclose(one, other, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "options"),
+    [
+        (None, {}),
+        ({"data": 2}, {"rematerialise": "selective"}),
+        ({"tensor": 2}, {}),
+        ({"pipe": 2}, {"num_microbatches": 2}),
+    ],
+)
+def test_what_was_traced_is_let_go(mesh, options):
+    """Fails if something keeps the graphs of a step that is gone, as TensorFlow's register of
+    gradients does: a step that is traced for many lengths would keep one program for each."""
+    strategy = MeshStrategy(Mesh(**mesh), **options) if mesh else tf.distribute.get_strategy()
+    config = GPTConfig(vocab_size=32, max_positions=8, hidden_size=16, num_heads=2, num_layers=2)
+    with strategy.scope():
+        model, optimizer = GPT(config), keras.optimizers.SGD()
+    before = _graphs()
+    step = make_train_step(model, optimizer, TokenCrossEntropy())
+    tokens = tf.TensorSpec([4, 8], tf.int32)
+    step.get_concrete_function(tokens, tokens)
+    assert _graphs().keys() - before.keys()
+    del step
+    gc.collect()
+    assert not _graphs().keys() - before.keys()
+
+
+def _graphs():
+    """Graphs by what tells them apart, held so that it stays so."""
+    return {id(x): x for x in gc.get_objects() if isinstance(x, tf.Graph)}
