@@ -340,8 +340,8 @@ def keep_gradients_with(graph: Any) -> None:
     graph.custom_gradients = kept
     of_graph = weakref.ref(graph)
     for name in kept:
-        register[name]["type"] = lambda op, *upstream, name=name: (
-            of_graph().custom_gradients[name](op, *upstream)
+        register[name]["type"] = lambda op, *upstream, name=name: of_graph().custom_gradients[name](
+            op, *upstream
         )
         weakref.finalize(graph, register.pop, name, None)
 
