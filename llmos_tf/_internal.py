@@ -80,9 +80,6 @@ from tensorflow.python.framework.auto_control_deps_utils import (
 # `tf.type_spec_from_value` is public; the base class of a user-defined CompositeTensor is not.
 from tensorflow.python.framework.composite_tensor import CompositeTensor
 
-# Who traces a graph, cuts functions out of it and throws it away has no public way to say so.
-from tensorflow.python.framework.func_graph import dismantle_func_graph
-
 # Functions of a graph that was imported are definitions alone; see `graph_of_function`.
 from tensorflow.python.framework.function_def_to_graph import function_def_to_graph
 
@@ -344,15 +341,6 @@ def keep_gradients_with(graph: Any) -> None:
             op, *upstream
         )
         weakref.finalize(graph, register.pop, name, None)
-
-
-def let_go(graph: Any) -> None:
-    """Gives back what a traced graph takes; neither it nor a function of it can be used again.
-
-    A graph and its ops refer to each other, so that it would stay until Python looks for such.
-    """
-    graph.custom_gradients = {}
-    dismantle_func_graph(graph)
 
 
 def attributes_of_function(graph: Any, name: str) -> Any:

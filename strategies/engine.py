@@ -82,7 +82,6 @@ class Engine:
             phases = Phases.of(traced) if extended.shares_memory else None
             if phases is not None:
                 results.update(enumerate(self._call_phases(phases, values)))
-                _internal.let_go(traced.graph)
                 continue
             for position in positions:
                 results[position] = self._call(traced, position, values[position])
@@ -291,7 +290,7 @@ def _without_gradient(result: Any) -> Any:
 
     Each rank has a variable of its own, and the caller's tape knows the first rank's.
     """
-    if not (tf.is_tensor(result) and result.dtype.is_floating):
+    if not (tf.is_tensor(result) and (result.dtype.is_floating or result.dtype.is_complex)):
         return result
     return tf.raw_ops.PreventGradient(
         input=result,
