@@ -333,8 +333,10 @@ def keep_gradients_with(graph: Any) -> None:
         if op.type == "IdentityN" and "_gradient_op_type" in op.node_def.attr
     }
     register = gradient_registry._registry
-    kept = {name: register[name]["type"] for name in names if name in register}
-    graph.custom_gradients = kept
+    # A graph that is given twice, as a step's may be, has some of them already.
+    known = getattr(graph, "custom_gradients", {})
+    kept = {n: register[n]["type"] for n in names if n in register and n not in known}
+    graph.custom_gradients = known | kept
     of_graph = weakref.ref(graph)
     for name in kept:
         register[name]["type"] = lambda op, *upstream, name=name: of_graph().custom_gradients[name](
