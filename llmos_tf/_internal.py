@@ -356,7 +356,26 @@ def call_with_captures(concrete: Any, inputs: list[Any], captures: list[Any]) ->
     ``ConcreteFunction.__call__`` always passes the tensors that were captured while tracing; one
     program for many devices needs each device's own variable handles in their place.
     """
-    return concrete._call_flat(inputs, captured_inputs=captures)
+    with _less_optimized():
+        return concrete._call_flat(inputs, captured_inputs=captures)
+
+
+@contextlib.contextmanager
+def _less_optimized() -> Iterator[None]:
+    """Has the functions that are called meanwhile optimized without TensorFlow's MLIR passes.
+
+    A program is optimized again for each device, and they find nothing to do in it.
+    `tf.config.optimizer` has no such option, and is for all functions of a process.
+    """
+    context = eager_context.context()
+    options = context.function_call_options
+    config = tf.compat.v1.ConfigProto.FromString(options.config_proto_serialized)
+    config.graph_options.rewrite_options.disable_tfg_optimizer = True
+    context.function_call_options = type(options)(options.executor_type, config)
+    try:
+        yield
+    finally:
+        context.function_call_options = options
 
 
 def unspecialized() -> contextlib.AbstractContextManager:

@@ -42,8 +42,24 @@ class GraphCuts:
             Names of ops. Placeholders are none of them.
         """
         known = {tensor.ref() for tensor in given}
+        wanted = [tensor.op for tensor in tensors if tensor.ref() not in known]
+        return self._before(wanted, known, without)
+
+    def needed(self) -> Ops:
+        """Returns the names of the ops that a call of the traced function is there for.
+
+        A trace has others, such as what a gradient would be computed by that nobody asks for.
+
+        Returns:
+            Names of the ops that make what is returned, or change something, and of what these
+            need.
+        """
+        returned = [tensor.op for tensor in self._graph.outputs]
+        return self._before([*returned, *self._graph.control_outputs], set(), frozenset())
+
+    def _before(self, wanted: Iterable[tf.Operation], known: set, without: Ops) -> Ops:
         found: set[str] = set()
-        unfinished = [tensor.op for tensor in tensors if tensor.ref() not in known]
+        unfinished = list(wanted)
         while unfinished:
             op = unfinished.pop()
             if op.name in found or op.name in without or op.type == "Placeholder":
@@ -93,19 +109,7 @@ class GraphCuts:
         feeds = {x.ref(): x for x in needed if x.ref() not in outside}
         captured = {x.name: outside[x.ref()] for x in needed if x.ref() in outside}
         made = [x for x in fetches if x.op.name in names]
-        definition = tf.compat.v1.GraphDef()
-        definition.versions.CopyFrom(self._definition.versions)
-        # In the order of the graph, in which collectives are put where they are imported.
-        for original in self._definition.node:
-            if original.name not in names:
-                continue
-            node = definition.node.add()
-            node.CopyFrom(original)
-            # Which op it is placed with, as gradients are: the ops of a function are all together.
-            node.attr.pop("_class", None)
-            inside = [x for x in node.input if not x.startswith("^") or x[1:] in names]
-            del node.input[:]
-            node.input.extend(inside)
+        definition = self._definition_of(names, {x.op.name for x in made})
         taken = list(feeds.values())
 
         def body(*values):
@@ -121,6 +125,31 @@ class GraphCuts:
         traced = tf.function(body, autograph=False, experimental_attributes={"_noinline": True})
         concrete = traced.get_concrete_function(*[tf.TensorSpec(x.shape, x.dtype) for x in taken])
         return Cut(concrete, taken, made, fetches)
+
+    def _definition_of(self, names: Ops, made: set[str]) -> tf.compat.v1.GraphDef:
+        """The definition of some ops, with one constant in place of equal ones, but for `made`."""
+        definition = tf.compat.v1.GraphDef()
+        definition.versions.CopyFrom(self._definition.versions)
+        constants: dict[tuple[bytes, str], str] = {}
+        same: dict[str, str] = {}
+        # In the order of the graph, in which collectives are put where they are imported.
+        for original in self._definition.node:
+            if original.name not in names:
+                continue
+            if original.op == "Const" and not original.input and original.name not in made:
+                value = original.attr["value"].tensor.SerializeToString(deterministic=True)
+                first = constants.setdefault((value, original.device), original.name)
+                if first != original.name:
+                    same[original.name] = first
+                    continue
+            node = definition.node.add()
+            node.CopyFrom(original)
+            # Which op it is placed with, as gradients are: the ops of a function are all together.
+            node.attr.pop("_class", None)
+            inside = [x for x in node.input if not x.startswith("^") or x[1:] in names]
+            del node.input[:]
+            node.input.extend(same.get(x, x) for x in inside if x[1:] not in same)
+        return definition
 
 
 class Cut:

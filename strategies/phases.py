@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from llmos_tf.graph_cuts import Cut, GraphCuts
+from llmos_tf.graph_cuts import Cut, GraphCuts, Ops
 
 # A phase is a function on each device: where there are more, collectives are faster.
 MAX_PHASES = 8
@@ -34,24 +34,27 @@ class Phases:
         graph = concrete.graph
         count = 1 + max(phase_of.values(), default=0)
         self._exchanges: list[list[_Exchange]] = [[] for _ in range(count)]
-        names: list[set[str]] = [set() for _ in range(count)]
+        in_phase: list[set[str]] = [set() for _ in range(count)]
         for op in graph.get_operations():
             if op.type in _EXCHANGES:
                 self._exchanges[phase_of[op.name]].append(_Exchange.by(op))
             elif op.type == "Const":
                 # Each phase has its own, of which TensorFlow knows that they are constant.
                 for phase in {0, *(phase_of[user.name] for user in op.outputs[0].consumers())}:
-                    names[phase].add(op.name)
+                    in_phase[phase].add(op.name)
             elif op.type != "Placeholder":
-                names[phase_of[op.name]].add(op.name)
+                in_phase[phase_of[op.name]].add(op.name)
         for exchange in (one for some in self._exchanges for one in some):
             # What is received is not computed.
-            names[phase_of[exchange.received.op.name]].discard(exchange.received.op.name)
+            in_phase[phase_of[exchange.received.op.name]].discard(exchange.received.op.name)
         cuts = GraphCuts(graph)
+        # Each op is there once for each device.
+        needed = cuts.needed()
+        names = [mine & needed for mine in in_phase]
         outside = {inner.ref(): outer for outer, inner in graph.captures}
         self._cuts: list[Cut] = [
-            cuts.cut(frozenset(mine), _results_of(graph, mine, first=mine is names[0]), outside)
-            for mine in names
+            cuts.cut(mine, _results_of(graph, mine, needed - mine, first=not phase), outside)
+            for phase, mine in enumerate(names)
         ]
 
     @classmethod
@@ -144,7 +147,7 @@ def _phases_of(operations: Sequence[tf.Operation]) -> dict[str, int]:
     return phase_of
 
 
-def _results_of(graph: tf.Graph, names: set[str], first: bool) -> list[tf.Tensor]:
+def _results_of(graph: tf.Graph, names: Ops, others: Ops, first: bool) -> list[tf.Tensor]:
     """What the ops of a phase make for others; constants only what is returned or sent."""
     returned = {x.ref() for x in graph.outputs}
 
@@ -152,7 +155,7 @@ def _results_of(graph: tf.Graph, names: set[str], first: bool) -> list[tf.Tensor
         if op.type == "Const":
             sends = any(user.type in _EXCHANGES for user in x.consumers())
             return first and (sends or x.ref() in returned)
-        return x.ref() in returned or any(user.name not in names for user in x.consumers())
+        return x.ref() in returned or any(user.name in others for user in x.consumers())
 
     operations = [op for op in graph.get_operations() if op.name in names]
     return [x for op in operations for x in op.outputs if is_result(op, x)]

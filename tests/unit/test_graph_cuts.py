@@ -101,3 +101,37 @@ def test_what_an_op_waits_for(stateful):
             after = op()
     names = GraphCuts(graph).ancestors([after])
     assert (before.op.name in names) == (not stateful)
+
+
+def test_what_is_needed():
+    """Fails if an op for which nobody asks is copied for each device, or if one that changes a
+    variable is left out, as a step's update, of which nothing is returned, would be."""
+    variable = tf.Variable([1.0, 2.0])
+
+    @tf.function(autograph=False)
+    def function(x):
+        tf.sin(x, name="unasked")
+        variable.assign_add(tf.cos(x, name="added"))
+
+    graph = function.get_concrete_function(tf.TensorSpec([2])).graph
+    names = GraphCuts(graph).needed()
+    assert "added" in names
+    assert "unasked" not in names
+
+
+def test_equal_constants_are_one():
+    """Fails if a function has a constant for each op that uses one, if constants of equal bytes and
+    other types are taken for each other, or if one that is returned is left out."""
+    with tf.Graph().as_default() as graph:
+        x = tf.compat.v1.placeholder(tf.float32, [2])
+        for _ in range(3):
+            x = x * tf.constant([2.0, 3.0])
+        ones = [tf.cast(tf.constant([1, 1], dtype), tf.float32) for dtype in (tf.int32, tf.uint32)]
+        returned = tf.constant([2.0, 3.0])
+        result = x + ones[0] + ones[1]
+    cuts = GraphCuts(graph)
+    function = cuts.cut(cuts.ancestors([result, returned]), [result, returned])
+    types = [op.type for op in function.concrete.graph.get_operations()]
+    assert types.count("Const") == 2 + 2
+    values = function({function.feeds[0].ref(): tf.ones([2])})
+    np.testing.assert_array_equal(values, [[10, 29], [2, 3]])

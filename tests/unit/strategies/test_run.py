@@ -237,3 +237,31 @@ def test_gather(mesh):
     assert local(strategy, gathered["columns"][0]) == [[[i, i] for i in range(n)]] * n
     ragged = strategy.run(lambda x: context().all_gather(x, axis=-1), (columns,))
     assert local(strategy, ragged) == [[[i for (i,) in expected]]] * n
+
+
+@pytest.mark.parametrize("mesh", ["data2", "tensor2"])
+def test_programs_are_called_with_fewer_passes(mesh):
+    """Fails if a program is optimized by TensorFlow's MLIR passes for each device, or if what the
+    user has set for the optimizer is lost, as these calls have options of their own."""
+    strategy = strategy_of(mesh)
+    before = tf.config.optimizer.get_experimental_options()
+    tf.config.optimizer.set_experimental_options({"remapping": False})
+    try:
+        step = tf.function(lambda: strategy.run(lambda: tf.constant(1.0)))
+        graph = step.get_concrete_function().graph
+        outside = tf.function(tf.function(lambda: tf.constant(1.0))).get_concrete_function().graph
+    finally:
+        tf.config.optimizer.set_experimental_options({"remapping": True, **before})
+    calls = [op for op in graph.get_operations() if "PartitionedCall" in op.type]
+    assert len(calls) == 2
+    for op in calls:
+        options = _optimizer_options(op)
+        assert options.disable_tfg_optimizer
+        assert options.remapping == options.OFF
+    (other,) = [op for op in outside.get_operations() if "PartitionedCall" in op.type]
+    assert not _optimizer_options(other).disable_tfg_optimizer
+
+
+def _optimizer_options(op):
+    config = tf.compat.v1.ConfigProto.FromString(op.get_attr("config_proto"))
+    return config.graph_options.rewrite_options
