@@ -10,6 +10,7 @@ from collections.abc import Iterable
 
 import tensorflow as tf
 
+from llmos_tf import _internal
 from llmos_tf.blocks import Block
 from llmos_tf.graph_cuts import Cut, GraphCuts, Ops
 from llmos_tf.memory.op_outputs import SAME_MEMORY, bytes_of
@@ -45,6 +46,7 @@ class JointBlock:
             targets = [tf.identity(x) for x in self.outputs]
             found = tf.gradients(targets, self.sources, grad_ys=self.upstream)
             self.gradients = [None if g is None else tf.convert_to_tensor(g) for g in found]
+        _separate(graph)
         # As the gradients of loops and calls left it: those change their forward pass.
         self._cuts = GraphCuts(graph)
         used = [x for op in before for x in op.inputs]
@@ -105,6 +107,9 @@ class JointBlock:
                 if by_weight or _is_no_larger(op):
                     kept.add(op.name)
             elif op.type.startswith("Collective") and _is_no_larger(op):
+                kept.add(op.name)
+            elif op.type == "Sum" and op.inputs[0].op.type.startswith("CollectiveAllToAll"):
+                # A rank's part of a sum, of which the others have sent it as much each.
                 kept.add(op.name)
         return frozenset(kept)
 
@@ -190,6 +195,19 @@ def call_keeping_products(block: Block) -> list[tf.Tensor]:
         return [made[x.ref()] for x in joint.all_outputs], gradient
 
     return list(run(*[values[i] for i in sources]))
+
+
+def _separate(graph: tf.Graph) -> None:
+    """Has ops take what went into an `IdentityN` in place of what comes out of it.
+
+    A custom gradient puts its results and its arguments through one: who needs a sum over ranks
+    would need each rank's part as well.
+    """
+    for op in graph.get_operations():
+        if op.type == "IdentityN":
+            for before, after in zip(op.inputs, op.outputs, strict=True):
+                for user in after.consumers():
+                    _internal.replace_input(user, after, before)
 
 
 def _is_differentiable(x: tf.Tensor) -> bool:

@@ -212,6 +212,9 @@ class ProgramOps:
             )
             work.body = ProgramOps(graph)
             return work.outputs, [work]
+        if attributes["_noinline"].b:
+            # It begins when all that it is given is there.
+            after = [self._work("Call", op.name, inputs, [], after=after)]
         outputs, ends = self._add(graph, inputs, after)
         # A graph that has been differentiated since has more outputs, for its gradient.
         outputs = outputs[: len(op.outputs)]

@@ -79,6 +79,21 @@ def test_calls_stand_in_the_program():
     assert near(3 * FLOATS)(peak(lambda x: inner(tf.cumsum(x)), [N]))
 
 
+def test_a_call_begins_when_its_arguments_are_there():
+    """Fails if what a function makes of nothing, such as dropout's numbers, is there from the
+    beginning of a step, for all blocks whose backward pass is a function that draws them again."""
+    inner = tf.function(
+        lambda x: x * tf.reduce_sum(tf.cumsum(tf.random.stateless_uniform([N], [1, 2]))),
+        autograph=False,
+        experimental_attributes={"_noinline": True},
+    )
+
+    def twice(x):
+        return inner(inner(tf.reduce_sum(tf.cumsum(x))))
+
+    assert near(2 * FLOATS)(peak(twice, [N]))
+
+
 def test_calls_in_an_imported_graph_are_looked_into():
     """Fails if what functions call is not found in a graph that was made of a definition, as the
     parts of a pipeline are."""

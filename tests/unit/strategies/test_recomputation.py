@@ -50,6 +50,7 @@ CASES = {
     "full-data2": ("full", {"data": 2}, {}),
     "bytes-fsdp2": (20_000, {"fsdp": 2}, {"zero_stage": 3}),
     "selective-fsdp2": ("selective", {"fsdp": 2}, {"zero_stage": 3}),
+    "selective-tensor2": ("selective", {"tensor": 2}, {}),
     "selective-sequence2": ("selective", {"tensor": 2}, {"sequence_parallel": True}),
     "block-sequence2": ("block", {"tensor": 2}, {"sequence_parallel": True}),
     "selective-context2": ("selective", {"context": 2}, {}),
