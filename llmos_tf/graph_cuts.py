@@ -23,7 +23,7 @@ class GraphCuts:
 
     def __init__(self, graph: tf.Graph):
         self._graph = graph
-        self._definition = graph.as_graph_def()
+        self._definition = graph.as_graph_def(add_shapes=True)
 
     def ancestors(
         self,

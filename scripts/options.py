@@ -165,6 +165,7 @@ class PlanOptions:
     zero_stage: int
     sequence_parallel: bool
     context_method: str
+    rematerialise: str
     offload: str | None
 
     def __post_init__(self):
@@ -212,6 +213,7 @@ class PlanOptions:
             schedule=schedule,
             num_microbatches=self.microbatches if mesh.axis_size("pipe") > 1 else None,
             num_chunks=self.num_chunks,
+            rematerialise=self.rematerialise,
             offload=self.offload,
         ).resolved(mesh)
         return {
@@ -223,6 +225,7 @@ class PlanOptions:
             "schedule": options.schedule,
             "num_microbatches": options.num_microbatches,
             "num_chunks": options.num_chunks,
+            "rematerialise": options.rematerialise,
             "offload": options.offload,
         }
 

@@ -38,6 +38,7 @@ _FLAGS = (
     "zero_stage",
     "sequence_parallel",
     "context_method",
+    "rematerialise",
     "offload",
     "schedule",
     "draw_schedule",

@@ -4,12 +4,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from llmos_tf.mesh import Mesh
+from llmos_tf.planning.plan import REMATERIALISE
 from llmos_tf.strategies.schedules import Schedule, make_schedule
 
 CONTEXT_METHODS = ("ring", "ulysses")
 COMPRESSIONS = ("bf16", "fp16", "int8", "powersgd")
 DEFAULT_RANK = 4
-REMATERIALISE = ("none", "full", "block", "selective")
 OFFLOAD = ("optimizer", "parameters")
 
 

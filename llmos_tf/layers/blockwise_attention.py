@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 
 import tensorflow as tf
 
+from llmos_tf.kept_results import kept, not_kept
 from llmos_tf.layers.masks import Mask, WeightDropout
 from llmos_tf.layers.online_softmax import (
     MAX_BLOCKS,
@@ -133,9 +134,10 @@ def _attention(q_BNTH, k_BKSH, v_BKSH, mask, dropout, seen) -> tf.Tensor:
 
     @tf.custom_gradient
     def attention(q, k, v):
-        sums = attend(Sums.of(q), q, k[:, :, :seen], v[:, :, :seen], mask, dropout)
-        o, lse = sums.result()
-        o = tf.cast(o, q.dtype)
+        with not_kept():
+            sums = attend(Sums.of(q), q, k[:, :, :seen], v[:, :, :seen], mask, dropout)
+            o, lse = sums.result()
+        o, lse = kept(tf.cast(o, q.dtype)), kept(lse)
 
         def gradient(do):
             again = computed_again((q, k, v), do)

@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from llmos_tf import collectives
+from llmos_tf.kept_results import kept, not_kept
 from llmos_tf.layers.blockwise_attention import blockwise_attention, cast_like, computed_again
 from llmos_tf.layers.masks import Mask, WeightDropout
 from llmos_tf.layers.online_softmax import MAX_BLOCKS, Sums, Upstream, attend, attend_gradient
@@ -62,8 +63,9 @@ def ring_attention(
     @tf.custom_gradient
     def attention(q, k, v):
         ring = _Ring(axes, segments_BL, dropout)
-        o, lse = ring.forward(q, k, v)
-        o = tf.cast(o, q.dtype)
+        with not_kept():
+            o, lse = ring.forward(q, k, v)
+        o, lse = kept(tf.cast(o, q.dtype)), kept(lse)
 
         def gradient(do):
             upstream = Upstream.of(do, o, lse)

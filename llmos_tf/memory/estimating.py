@@ -32,7 +32,7 @@ def estimate(
     schedule: str = "1f1b",
     num_chunks: int = 1,
     dtype_policy: str = "float32",
-    remat: str = "none",
+    rematerialise: str | None = "none",
     bucket_bytes: int | None = None,
     offload: str | Iterable[str] | None = None,
     reshard_after_forward: bool = False,
@@ -57,8 +57,8 @@ def estimate(
         schedule: as for `MeshStrategy`.
         num_chunks: as for `MeshStrategy`.
         dtype_policy: "float32", "mixed_float16" or "mixed_bfloat16".
-        remat: "none", or "block" where each block is computed again in the backward pass, as in
-            `keras.RematScope("list_of_layers", layer_names=[...])` of all blocks.
+        rematerialise: as for `MeshStrategy`, but no number of bytes. "block" is also what
+            `keras.RematScope("list_of_layers", layer_names=[...])` of all blocks does.
         bucket_bytes: as for `MeshStrategy`.
         offload: as for `MeshStrategy`.
         reshard_after_forward: as for `MeshStrategy`.
@@ -111,7 +111,7 @@ def estimate(
         early_values=_num_early(optimizer, dtype_policy) if without_strategy else 0,
         compute_bytes=_POLICIES[dtype_policy],
         bucket_bytes=bucket_bytes,
-        remat=remat,
+        rematerialise=rematerialise or "none",
         offload=offload,
         reshard_after_forward=reshard_after_forward,
     )

@@ -13,6 +13,7 @@ import tensorflow as tf
 from llmos_tf import _internal
 from llmos_tf.blocks import Block
 from llmos_tf.graph_cuts import Cut, GraphCuts, Ops
+from llmos_tf.kept_results import said_to_be_kept
 from llmos_tf.memory.op_outputs import SAME_MEMORY, bytes_of
 from llmos_tf.op_costs import cost_of, is_product
 
@@ -101,6 +102,10 @@ class JointBlock:
             if not any(x.op.name in from_inputs for x in op.inputs):
                 continue
             from_inputs.add(op.name)
+            if said_to_be_kept(op) is not None:
+                if said_to_be_kept(op):
+                    kept.add(op.name)
+                continue
             by_weight = len(op.inputs) > 1 and not all(x.op.name in from_inputs for x in op.inputs)
             if is_product(op):
                 # Scores are the product of two activations, and larger than either.

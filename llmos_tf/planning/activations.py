@@ -83,47 +83,8 @@ def of_block(config: ModelConfig, tokens: Tokens) -> float:
         Bytes.
     """
     masks = 2 * tokens.in_stream * config.hidden_size if config.dropout else 0
-    halves = _of_attention(config, tokens) + of_feed_forward(config, tokens)
+    halves = of_attention(config, tokens) + of_feed_forward(config, tokens)
     return 2 * _of_norm(config, tokens) + halves + masks
-
-
-def while_recomputed(config: ModelConfig, tokens: Tokens) -> tuple[float, float]:
-    """Bytes while a block that was not kept is computed again and differentiated.
-
-    What it has computed is held until it is through. Of the stream's width its input, two norms,
-    what attention gives and the gradient; over a tensor axis also both partial sums, and where
-    positions are split the norms, gathered. Of a query's width q, q divided, and attention's result
-    in order; the keys and the values; of rotated ones also their halves. The scores before and
-    after the softmax; of GELU two tensors, of a gate four.
-
-    Args:
-        config: of the model.
-        tokens: of the device.
-
-    Returns:
-        Bytes while its feed-forward half is differentiated, and while its attention is.
-    """
-    hidden, stream = of_hidden(config, tokens), of_stream(config, tokens)
-    scores, is_gpt = of_scores(config, tokens), isinstance(config, GPTConfig)
-    region = tokens.in_region * config.hidden_size * tokens.compute_bytes
-    query = tokens.in_region * config.num_heads / tokens.tensor * config.head_dim
-    query *= tokens.compute_bytes
-    key = of_key_value(config, tokens) / 2
-    held = 3 * query + 2 * key + (0 if is_gpt else query + key)
-    held += 5 * stream + (2 * region if tokens.tensor > 1 else 0)
-    held += 2 * region if tokens.sequence_parallel else 0
-    held += 2 * scores + of_multiplied_scores(config, tokens)
-    if not scores:
-        held += _of_attention(config, tokens) - 2 * query - 2 * key - stream
-    in_feed_forward = 4 * hidden + stream if is_gpt else 12 * hidden
-    # The softmax's gradient, with that of the values; or those of q, k and v, also laid together;
-    # or where positions are split the gradient of what was gathered, cut, and in a row.
-    in_attention = max(
-        in_gradient_of_attention(config, tokens) + (2 if is_gpt else 1) * key,
-        2 * query + 4 * key if is_gpt else 0.0,
-        3 * region - 2 * key if tokens.sequence_parallel else 0.0,
-    )
-    return held + in_feed_forward, held + (2 if is_gpt else 4) * hidden + stream + in_attention
 
 
 def in_gradient_of_hidden(config: ModelConfig) -> int:
@@ -289,9 +250,31 @@ def of_key_value(config: ModelConfig, tokens: Tokens) -> float:
     return 2 * tokens.in_region * mine * config.head_dim * tokens.compute_bytes
 
 
-def _of_attention(config: ModelConfig, tokens: Tokens) -> float:
-    n, c = tokens.in_region, tokens.compute_bytes
-    query = n * config.num_heads / tokens.tensor * config.head_dim * c
+def of_query(config: ModelConfig, tokens: Tokens) -> float:
+    """Bytes of the queries, or of the heads' results: nNHc/t.
+
+    Args:
+        config: of the model.
+        tokens: of the device.
+
+    Returns:
+        Bytes.
+    """
+    heads = config.num_heads / tokens.tensor
+    return tokens.in_region * heads * config.head_dim * tokens.compute_bytes
+
+
+def of_attention(config: ModelConfig, tokens: Tokens) -> float:
+    """Bytes that attention keeps, without its norm.
+
+    Args:
+        config: of the model.
+        tokens: of the device.
+
+    Returns:
+        Bytes.
+    """
+    c, query = tokens.compute_bytes, of_query(config, tokens)
     kept = 2 * query + of_key_value(config, tokens) + of_stream(config, tokens)
     scores = of_scores(config, tokens)
     if not scores:

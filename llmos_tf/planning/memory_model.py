@@ -17,6 +17,7 @@ from llmos_tf.config import GPTConfig, MixtralConfig
 from llmos_tf.planning import activations
 from llmos_tf.planning.activations import WIDE
 from llmos_tf.planning.plan import Plan
+from llmos_tf.planning.recomputation import while_recomputed
 from llmos_tf.planning.stage_contents import StageContents
 from llmos_tf.planning.stages import PER_ELEMENT, stages_of_units
 from llmos_tf.planning.weights import FIRST, LAST, total
@@ -69,7 +70,7 @@ class _Moments:
     def _moments(self, stage: int) -> list[dict[str, float]]:
         if self._plan.schedule is not None:
             return self._in_pipeline(stage)
-        rest = self._recomputed() if self._plan.remat == "block" else self._last_block()
+        rest = self._last_block() if self._plan.rematerialise == "none" else self._recomputed()
         passes = [*self._turn(), *rest]
         early = WIDE * self._plan.early_values * self._contents.updated_elements()
         if early:
@@ -139,20 +140,21 @@ class _Moments:
     def _recomputed(self) -> list[dict[str, float]]:
         """While a block is computed again: the last one, or the first one, after all others."""
         config, tokens = self._plan.config, self._plan.tokens
-        halves = activations.while_recomputed(config, tokens)
-        others = (self._contents.num_blocks - 1) * activations.of_stream(config, tokens)
+        halves = while_recomputed(config, tokens, self._plan.rematerialise)
+        all_kept = self._contents.kept_of_blocks(self._contents.num_blocks)
+        first_kept = self._contents.kept_of_blocks(1)
         blocks = config.num_layers
         head = [w for w in self._contents.weights if LAST in w.units]
         own = [w for w in self._contents.weights if w.units[-1] == blocks - 1]
         moments = []
-        for bytes_now, kernels in zip(halves, (("down",), ("down", "up", "output/")), strict=True):
+        for bytes_now, kernels in zip(halves, self._done_in_halves(), strict=True):
             first = self._contents.made_before_first_block(kernels) - self._contents.updated_early()
             made = [*head, *(w for w in own if any(name in w.name for name in kernels))]
             last = WIDE * total(made, lambda w: w.slice_elements(self._mesh))
             for activated, gradients, unfinished in (
-                (bytes_now + others, last, blocks),
+                (all_kept + bytes_now, last, blocks),
                 # The block after is not quite through.
-                (bytes_now + activations.of_stream(config, tokens), first, 1),
+                (first_kept + bytes_now + activations.of_stream(config, tokens), first, 1),
             ):
                 copies = self._contents.copies(1, head) - self._contents.copies(0)
                 moments.append(
@@ -164,6 +166,11 @@ class _Moments:
                     }
                 )
         return moments
+
+    def _done_in_halves(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The kernels of a block whose gradients are there while either half is differentiated."""
+        early = () if self._plan.rematerialise == "selective" else ("down",)
+        return early, ("down", "up", "output/")
 
     def _buckets(self) -> list[dict[str, float]]:
         """When a bucket of gradients is full, and they are laid together."""
@@ -284,8 +291,11 @@ class _Moments:
         kept = self._contents.kept()
         if LAST in self._contents.units:
             kept += activations.of_head(config, plan.tokens)
-        # Of messages two wait, and one is in hand; with it two more of its size are computed.
-        kept = live * kept + 5 * stream
+        # Of messages two wait, and one is in hand; with it two more of its size are computed, which
+        # are counted where a block is computed again.
+        is_recomputed = plan.rematerialise != "none"
+        messages = 5 if not is_recomputed else 4 if plan.rematerialise == "selective" else 2
+        kept = live * kept + messages * stream
         hidden = activations.in_gradient_of_hidden(config) * activations.of_hidden(
             config, plan.tokens
         )
@@ -297,8 +307,10 @@ class _Moments:
         tied = [w for w in self._contents.weights if {FIRST, LAST} <= set(w.units)]
         common = WIDE * total(tied, lambda w: w.slice_elements(self._mesh))
         sent = self._contents.gathered(0) + common
+        if is_recomputed:
+            hidden, scores = while_recomputed(config, plan.tokens, plan.rematerialise)
         made = []
-        for more, done in ((hidden, ("down",)), (scores, ("down", "up", "output/"))):
+        for more, done in zip((hidden, scores), self._done_in_halves(), strict=True):
             copies = self._contents.copies_of_first_block(done)
             made.append((more, self._contents.made_before_first_block(done), copies))
         # In 16 bits the gradient of a table is there in these too.

@@ -8,7 +8,8 @@ from llmos_tf.planning.activations import WIDE, Tokens
 from llmos_tf.planning.weights import Weight, weights_of
 from llmos_tf.strategies.schedules import Schedule
 
-REMAT = ("none", "block")
+# Of the options of `MeshStrategy` those that are no number.
+REMATERIALISE = ("none", "full", "block", "selective")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,12 +34,12 @@ class Plan:
             of a step.
         compute_bytes: size of a number that is computed with, 4 or 2.
         bucket_bytes: of gradients that are reduced together, or None.
-        remat: "none", or "block" where each block is computed again in the backward pass.
+        rematerialise: as for `MeshStrategy`, but no number of bytes.
         offload: what lies on the host: "optimizer" and "parameters", or some of them.
         reshard_after_forward: as for `MeshStrategy`.
 
     Raises:
-        ValueError: another `remat`, rows or positions that cannot be dealt to the devices.
+        ValueError: another `rematerialise`, rows or positions that cannot be dealt to the devices.
     """
 
     config: ModelConfig
@@ -56,16 +57,17 @@ class Plan:
     early_values: int = 0
     compute_bytes: int = WIDE
     bucket_bytes: int | None = None
-    remat: str = "none"
+    rematerialise: str = "none"
     offload: tuple[str, ...] = ()
     reshard_after_forward: bool = False
     weights: list[Weight] = field(init=False, repr=False)
 
     def __post_init__(self):
-        if self.remat not in REMAT:
+        if self.rematerialise not in REMATERIALISE:
             raise ValueError(
-                f"remat is one of {', '.join(REMAT)}. Received: {self.remat!r}. What another way "
-                "to rematerialise keeps is counted of a model by memory.report."
+                f"An estimate takes rematerialise as one of {', '.join(REMATERIALISE)}. Received: "
+                f"{self.rematerialise!r}. What a number of bytes comes to is counted of a model by "
+                "memory.report."
             )
         object.__setattr__(self, "weights", weights_of(self.config, self.mesh))
         parts = self.mesh.batch_ways * self.num_microbatches

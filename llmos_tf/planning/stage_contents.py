@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from llmos_tf.config import MixtralConfig
+from llmos_tf.config import GPTConfig, MixtralConfig
 from llmos_tf.mesh import Mesh
 from llmos_tf.planning import activations
 from llmos_tf.planning.activations import WIDE
 from llmos_tf.planning.buckets import default_bucket_bytes, plan_buckets
 from llmos_tf.planning.plan import Plan
+from llmos_tf.planning.recomputation import kept_of_block
 from llmos_tf.planning.weights import FIRST, LAST, Weight, total
 
 # How names of weights begin that come after a block's attention.
@@ -71,13 +72,24 @@ class StageContents:
             Bytes.
         """
         config, tokens = self._plan.config, self._plan.tokens
-        if self._plan.remat == "block":
-            return (self.num_blocks + 1) * activations.of_stream(config, tokens)
         # What comes in; what goes out is kept by who gets it.
-        ends = 1 if LAST in self.units else 0
-        return self.num_blocks * activations.of_block(
-            config, tokens
-        ) + ends * activations.of_stream(config, tokens)
+        ends = 1 if LAST in self.units or self._plan.rematerialise in ("block", "full") else 0
+        return self.kept_of_blocks(self.num_blocks) + ends * activations.of_stream(config, tokens)
+
+    def kept_of_blocks(self, count: int) -> float:
+        """Activations that so many first blocks keep.
+
+        Args:
+            count: how many.
+
+        Returns:
+            Bytes.
+        """
+        config, tokens, option = self._plan.config, self._plan.tokens, self._plan.rematerialise
+        # Positions are added by a layer, too, which keeps its input.
+        before = option == "full" and FIRST in self.units and isinstance(config, GPTConfig)
+        stream = activations.of_stream(config, tokens) if before else 0.0
+        return count * kept_of_block(config, tokens, option) + stream
 
     def made_before_first_block(self, kernels: tuple[str, ...]) -> float:
         """Gradients of all that comes after the stage's first block, and of some of its kernels.
@@ -170,7 +182,7 @@ class StageContents:
         used = [w for w in self.weights if w.is_kernel and w.units != (FIRST,)]
         # A single block is not known to be one.
         lets_go = self._plan.reshard_after_forward and self.num_blocks > 1
-        if not lets_go and self._plan.remat == "none":
+        if not lets_go and self._plan.rematerialise == "none":
             return elements(used)
         outside = elements([w for w in used if LAST in w.units])
         share = min(blocks, self.num_blocks) / self.num_blocks
@@ -253,8 +265,8 @@ class StageContents:
         if unit == FIRST:
             return 0.0
         blocks = self.num_blocks if unit == LAST else unit
-        if self._plan.remat == "block":
-            return blocks * activations.of_stream(config, tokens)
+        if self._plan.rematerialise != "none":
+            return self.kept_of_blocks(blocks)
         whole = activations.of_block(config, tokens)
         after = activations.of_feed_forward(config, tokens) + activations.of_stream(config, tokens)
         in_feed_forward = weight.name.startswith(_AFTER_ATTENTION)

@@ -43,6 +43,7 @@ MIXTRAL = MixtralConfig(
     **SIZES, num_layers=2, feed_forward_size=256, num_experts=4, num_experts_per_token=2
 )
 RESHARD = {"reshard_after_forward": True}
+SELECTIVE = {"rematerialise": "selective"}
 MODELS = {GPTConfig: GPT, LlamaConfig: Llama, MixtralConfig: Mixtral}
 
 # Name: configuration, mesh, options of the strategy, and what else is not as usual.
@@ -95,7 +96,63 @@ CASES = {
         {"num_microbatches": 4},
         {"dtype_policy": "mixed_bfloat16", "optimizer": "adamw", "global_batch": 8, "seq_len": 64},
     ),
-    "gpt-remat": (GPT_SIZES, {"data": 2}, {}, {"remat": "block"}),
+    "gpt-remat": (GPT_SIZES, {"data": 2}, {}, {"rematerialise": "block"}),
+    "gpt-full": (GPT_SIZES, {"data": 2}, {"rematerialise": "full"}, {"optimizer": "adamw"}),
+    "gpt-dropout-block": (GPT_DROPOUT, {"data": 2}, {"rematerialise": "block"}, {}),
+    "llama-block-pipe": (
+        LLAMA_4,
+        {"pipe": 2},
+        {"rematerialise": "block", "num_microbatches": 4},
+        {"optimizer": "adamw"},
+    ),
+    "gpt-selective": (GPT_SIZES, {"data": 2}, SELECTIVE, {}),
+    # Of a sum over ranks that alone is kept, and not each rank's part.
+    "llama-selective-tensor": (LLAMA, {"data": 2, "tensor": 2}, SELECTIVE, {}),
+    "gpt-selective-sequence": (
+        replace(GPT_SIZES, vocab_size=256),
+        {"tensor": 2},
+        SELECTIVE | {"sequence_parallel": True},
+        {},
+    ),
+    "llama-selective-fsdp": (
+        replace(LLAMA, vocab_size=256),
+        {"fsdp": 2},
+        SELECTIVE | RESHARD,
+        {"optimizer": "sgd"},
+    ),
+    "gpt-selective-bfloat16": (
+        GPT_FEW_WORDS,
+        {"data": 2},
+        SELECTIVE,
+        {"dtype_policy": "mixed_bfloat16", "global_batch": 4, "seq_len": 512},
+    ),
+    # Of attention the result, and not the products of pieces that it is the sum of.
+    "gpt-selective-ring": (GPT_SIZES, {"context": 4}, SELECTIVE, {}),
+    "gpt-selective-ulysses": (
+        GPT_SIZES,
+        {"context": 2},
+        SELECTIVE | {"context_method": "ulysses"},
+        {},
+    ),
+    "gpt-selective-by-blocks": (
+        GPT_LONG,
+        {"data": 2},
+        SELECTIVE,
+        {"global_batch": 4, "seq_len": 1024},
+    ),
+    "gpt-selective-dropout": (
+        replace(GPT_FEW_WORDS, dropout=0.1),
+        {"data": 2},
+        SELECTIVE,
+        {"global_batch": 4, "seq_len": 512},
+    ),
+    "gpt-selective-pipe": (
+        GPT_SIZES,
+        {"pipe": 2},
+        SELECTIVE | {"num_microbatches": 4},
+        {},
+    ),
+    "mixtral-selective": (MIXTRAL, {"data": 2}, SELECTIVE, {}),
     "gpt-few-words": (GPT_FEW_WORDS, {}, {}, {"global_batch": 4, "seq_len": 512}),
     "gpt-by-blocks": (GPT_LONG, {}, {}, {"global_batch": 2, "seq_len": 1024}),
     "gpt-bfloat16": (GPT_SIZES, {}, {}, {"dtype_policy": "mixed_bfloat16", "optimizer": "adamw"}),
@@ -161,7 +218,7 @@ CASES = {
         {"offload": "parameters"},
         {"global_batch": 4, "seq_len": 8},
     ),
-    "gpt-offload-remat": (GPT_SIZES, {"data": 2}, {"offload": "all"}, {"remat": "block"}),
+    "gpt-offload-remat": (GPT_SIZES, {"data": 2}, {"offload": "all"}, {"rematerialise": "block"}),
     "gpt-offload-zero1": (GPT_SIZES, {"data": 4}, {"offload": "optimizer", "zero_stage": 1}, {}),
     "llama-offload-zero3": (LLAMA, {"fsdp": 4}, {"offload": "all", "zero_stage": 3}, {}),
     "gpt-offload-pipe": (
@@ -173,10 +230,10 @@ CASES = {
 }
 
 
-def make(config, mesh, options, optimizer="adam", dtype_policy="float32", remat="none"):
+def make(config, mesh, options, optimizer="adam", dtype_policy="float32", rematerialise="none"):
     """Returns a model, its optimizer and its step."""
     strategy = MeshStrategy(Mesh(**mesh), **options) if mesh else tf.distribute.get_strategy()
-    names = [f"block_{i}" for i in range(config.num_layers)] if remat == "block" else []
+    names = [f"block_{i}" for i in range(config.num_layers)] if rematerialise == "block" else []
     before = keras.mixed_precision.dtype_policy()
     keras.mixed_precision.set_dtype_policy(dtype_policy)
     try:
@@ -199,6 +256,7 @@ EVEN = (
     "gpt-fsdp-few-tokens",
     "gpt-data-tensor-few-tokens",
     "mixtral-context",
+    "mixtral-selective",
 )
 # Of each kind one; the others are run nightly.
 IN_CI = (
@@ -209,6 +267,8 @@ IN_CI = (
     "gpt-sequence-bfloat16",
     "gpt-ring",
     "gpt-pipe",
+    "llama-selective-tensor",
+    "gpt-selective-ring",
     "llama-pipe-bfloat16",
     "gpt-offload",
     "gpt-offload-state-few-tokens",

@@ -36,6 +36,7 @@ RANKS = {
     "llmos_tf.graph_cuts": 2,
     "llmos_tf.op_costs": 2,
     "llmos_tf.fusion": 2,
+    "llmos_tf.kept_results": 2,
     "llmos_tf.wire": 2,
     "llmos_tf.loop_turns": 2,
     "llmos_tf.function_calls": 2,

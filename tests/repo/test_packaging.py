@@ -32,6 +32,7 @@ INNER = {
     "collective_ops",
     "function_calls",
     "graph_cuts",
+    "kept_results",
     "loop_turns",
     "fusion",
     "op_costs",

@@ -15,7 +15,7 @@ CONFIG = GPTConfig(
     [
         ({"global_batch": 3}, "global_batch=3"),
         ({"dtype_policy": "int8"}, "Received: 'int8'"),
-        ({"remat": "some"}, "none, block. Received: 'some'"),
+        ({"rematerialise": "some"}, "selective. Received: 'some'"),
         ({"optimizer": "adafactor"}, "Received: adafactor"),
         ({"mesh": Mesh(tensor=4)}, "axis tensor of size 4"),
         ({"mesh": Mesh(context=3)}, "context axis of 3"),

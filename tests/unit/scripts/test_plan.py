@@ -114,11 +114,26 @@ def test_it_tells_the_memory_of_a_mesh_that_is_not_there(run_plan, tmp_path):
     state = sum(stage["parameters"] + stage["optimizer"] for stage in result["stages"])
     assert state * 64 == pytest.approx(12 * 6738415616, rel=0.001)
     assert f"{result['stages'][0]['parameters']:,}" in out
+    whole = out
     status, out, _ = run_plan(*arguments, "--global_batch=128", "--offload=optimizer")
     assert status == 0
     # Two numbers of 4 bytes for each weight of a device, and two scalars.
     assert f"{2 * result['stages'][0]['parameters'] + 12:,}" in out.splitlines()[-1]
     assert "on the host" in out.splitlines()[-1]
+    status, out, _ = run_plan(*arguments, "--global_batch=128", "--rematerialise=block")
+    assert status == 0
+    # Less than is kept otherwise, of the same state.
+    kept, again = (int(_row(text, "activations")[1].replace(",", "")) for text in (whole, out))
+    assert again < kept / 4
+    assert _row(out, "optimizer") == _row(whole, "optimizer")
+    status, out, err = run_plan(*arguments, "--global_batch=128", "--rematerialise=5000")
+    assert status == 2
+    assert "none, full, block, selective" in err
     status, out, err = run_plan("--mesh=data=3", "--global_batch=8")
     assert status == 2
     assert "global_batch=8" in err
+
+
+def _row(table, kind):
+    """The words of a table's line of a kind."""
+    return next(line.split() for line in table.splitlines() if line.startswith(kind))
