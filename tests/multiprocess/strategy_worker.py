@@ -309,5 +309,5 @@ def main():
 
 if __name__ == "__main__":
     # Shows where a process waits for another that does not come, before it is killed.
-    faulthandler.dump_traceback_later(300, exit=True)
+    faulthandler.dump_traceback_later(900, exit=True)
     main()

@@ -246,5 +246,5 @@ def main(task, ports):
 
 if __name__ == "__main__":
     # Shows where a process waits for another that does not come, before it is killed.
-    faulthandler.dump_traceback_later(300, exit=True)
+    faulthandler.dump_traceback_later(900, exit=True)
     main(int(sys.argv[1]), sys.argv[2].split(","))
