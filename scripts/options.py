@@ -175,6 +175,12 @@ class PlanOptions:
                 f"{', '.join(SCHEDULES)}, for its picture; or --mesh=data=8 and a --preset, for "
                 "the memory that each device needs."
             )
+        if self.rematerialise not in REMATERIALISE:
+            raise ValueError(
+                f"A plan takes --rematerialise as one of {', '.join(REMATERIALISE)}. Received: "
+                f"{self.rematerialise!r}. What a number of bytes comes to is counted of a model "
+                "that is there, by llmos_tf.memory.report."
+            )
         counts = ("stages", "num_chunks", "global_batch")
         check_counts(self, *counts, *(("microbatches",) if self.microbatches is not None else ()))
         if self.png and not self.png.endswith(".png"):
