@@ -175,12 +175,6 @@ class PlanOptions:
                 f"{', '.join(SCHEDULES)}, for its picture; or --mesh=data=8 and a --preset, for "
                 "the memory that each device needs."
             )
-        if self.rematerialise not in REMATERIALISE:
-            raise ValueError(
-                f"A plan takes --rematerialise as one of {', '.join(REMATERIALISE)}. Received: "
-                f"{self.rematerialise!r}. What a number of bytes comes to is counted of a model "
-                "that is there, by llmos_tf.memory.report."
-            )
         counts = ("stages", "num_chunks", "global_batch")
         check_counts(self, *counts, *(("microbatches",) if self.microbatches is not None else ()))
         if self.png and not self.png.endswith(".png"):
@@ -219,7 +213,6 @@ class PlanOptions:
             schedule=schedule,
             num_microbatches=self.microbatches if mesh.axis_size("pipe") > 1 else None,
             num_chunks=self.num_chunks,
-            rematerialise=self.rematerialise,
             offload=self.offload,
         ).resolved(mesh)
         return {
@@ -231,7 +224,7 @@ class PlanOptions:
             "schedule": options.schedule,
             "num_microbatches": options.num_microbatches,
             "num_chunks": options.num_chunks,
-            "rematerialise": options.rematerialise,
+            "rematerialise": self.rematerialise,
             "offload": options.offload,
         }
 

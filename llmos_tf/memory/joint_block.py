@@ -102,9 +102,9 @@ class JointBlock:
             if not any(x.op.name in from_inputs for x in op.inputs):
                 continue
             from_inputs.add(op.name)
-            if said_to_be_kept(op) is not None:
-                if said_to_be_kept(op):
-                    kept.add(op.name)
+            said = said_to_be_kept(op)
+            if said is not None:
+                kept.update([op.name] if said else [])
                 continue
             by_weight = len(op.inputs) > 1 and not all(x.op.name in from_inputs for x in op.inputs)
             if is_product(op):

@@ -291,11 +291,10 @@ class _Moments:
         kept = self._contents.kept()
         if LAST in self._contents.units:
             kept += activations.of_head(config, plan.tokens)
-        # Of messages two wait, and one is in hand; with it two more of its size are computed, which
-        # are counted where a block is computed again.
+        # Of messages two wait, and one is in hand; with it two more of its size are computed, of
+        # which one is counted where a block is computed again.
         is_recomputed = plan.rematerialise != "none"
-        messages = 5 if not is_recomputed else 4 if plan.rematerialise == "selective" else 2
-        kept = live * kept + messages * stream
+        kept = live * kept + (4 if is_recomputed else 5) * stream
         hidden = activations.in_gradient_of_hidden(config) * activations.of_hidden(
             config, plan.tokens
         )

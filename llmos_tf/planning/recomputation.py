@@ -89,7 +89,12 @@ def _beside_products(config: ModelConfig, tokens: Tokens) -> tuple[float, float]
     query, key = of_query(config, tokens), of_key_value(config, tokens) / 2
     scores, is_gpt = of_scores(config, tokens), isinstance(config, GPTConfig)
     region = tokens.in_region * config.hidden_size * tokens.compute_bytes
-    in_feed_forward = (2 if is_gpt else 3) * (query + key) + (4 if is_gpt else 7) * hidden
+    if isinstance(config, MixtralConfig):
+        # The rows of experts and their gradient; by then the scores are there.
+        rows = config.num_experts_per_token * tokens.in_region * config.hidden_size
+        in_feed_forward = 2 * (query + key) + 6 * hidden + scores + 2 * rows * tokens.compute_bytes
+    else:
+        in_feed_forward = (2 if is_gpt else 3) * (query + key) + (4 if is_gpt else 7) * hidden
     if tokens.sequence_parallel:
         # What waits for others comes later.
         in_feed_forward += 2 * stream + 3 * region - hidden + (scores if is_gpt else 0)

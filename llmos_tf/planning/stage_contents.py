@@ -73,7 +73,7 @@ class StageContents:
         """
         config, tokens = self._plan.config, self._plan.tokens
         # What comes in; what goes out is kept by who gets it.
-        ends = 1 if LAST in self.units or self._plan.rematerialise in ("block", "full") else 0
+        ends = 1 if LAST in self.units else 0
         return self.kept_of_blocks(self.num_blocks) + ends * activations.of_stream(config, tokens)
 
     def kept_of_blocks(self, count: int) -> float:

@@ -256,7 +256,6 @@ EVEN = (
     "gpt-fsdp-few-tokens",
     "gpt-data-tensor-few-tokens",
     "mixtral-context",
-    "mixtral-selective",
 )
 # Of each kind one; the others are run nightly.
 IN_CI = (
