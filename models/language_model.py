@@ -8,12 +8,12 @@ import tensorflow as tf
 
 from llmos_tf.config import ModelConfig
 from llmos_tf.layers import TokenCrossEntropy
+from llmos_tf.layers.activation_sharding import Stream, check_positions, entered, open_stream
 from llmos_tf.layers.ring_attention import check_heads
-from llmos_tf.layers.stream import Stream, check_positions, entered, open_stream
 from llmos_tf.mesh import Mesh
 from llmos_tf.models.presets import PRESETS, get_preset
-from llmos_tf.program import current_program
 from llmos_tf.sharding import announce_layouts
+from llmos_tf.spmd.program import current_program
 
 
 class LanguageModel(keras.Model):

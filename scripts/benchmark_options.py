@@ -4,10 +4,10 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from llmos_tf.mesh import AXES, Mesh
+from llmos_tf.options import MeshOptions
 from llmos_tf.scripts.options import check_counts, check_folder_of
 from llmos_tf.scripts.peers import kinds
 from llmos_tf.scripts.peers.workload import Job, Workload
-from llmos_tf.strategies.options import MeshOptions
 
 # What a run of ours may say besides its mesh, and what MeshStrategy calls it.
 _MESH_OPTIONS = {

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from llmos_tf.mesh import Mesh
-from llmos_tf.strategies.options import CONTEXT_METHODS, REMATERIALISE, MeshOptions
-from llmos_tf.strategies.schedules import SCHEDULES, Schedule, make_schedule
+from llmos_tf.options import CONTEXT_METHODS, REMATERIALISE, MeshOptions
+from llmos_tf.planning.schedules import SCHEDULES, Schedule, make_schedule
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,9 +26,9 @@ from llmos_tf.mesh import Mesh
 from llmos_tf.models.presets import get_preset
 from llmos_tf.planning import draw_png, draw_text, published_bubble, simulate, text_legend
 from llmos_tf.planning.memory_model import HOST, KINDS
+from llmos_tf.planning.schedules import Schedule, make_schedule
 from llmos_tf.scripts.flags import FLAGS, plan_options_from_flags, refuse, refusing_misuse, start
 from llmos_tf.scripts.options import PlanOptions
-from llmos_tf.strategies.schedules import Schedule, make_schedule
 
 _FLAGS = (
     "preset",

@@ -6,8 +6,8 @@ import tensorflow as tf
 
 from llmos_tf import devices
 from llmos_tf.mesh import Mesh
-from llmos_tf.strategies.base import MeshExtended
-from llmos_tf.strategies.options import MeshOptions
+from llmos_tf.options import MeshOptions
+from llmos_tf.strategies.extended import MeshExtended
 
 
 class MeshStrategy(tf.distribute.MirroredStrategy):
@@ -25,7 +25,7 @@ class MeshStrategy(tf.distribute.MirroredStrategy):
             (arXiv 2205.05198).
         num_microbatches: into how many equal parts a replica's rows are cut for the `pipe` axis,
             at least as many as stages but with "gpipe". None takes as many.
-        schedule: "gpipe", "1f1b", "interleaved", "zb-h1" or "zb-v"; see `strategies.schedules`.
+        schedule: "gpipe", "1f1b", "interleaved", "zb-h1" or "zb-v"; see `planning.schedules`.
         num_chunks: parts of the model on each stage, for the schedule "interleaved".
         stage_of: layer name to pipeline stage, or part of the model where a stage has several, to
             overrule how the model is cut.
@@ -43,7 +43,7 @@ class MeshStrategy(tf.distribute.MirroredStrategy):
             compute attention scores, softmax, dropout, norms and activations again (arXiv
             2205.05198); "full": every layer of the model keeps its inputs only; or the bytes that
             blocks may keep together on a device, from which the cheapest of these ways is chosen
-            for each. None is "none". See `strategies.recomputation`.
+            for each. None is "none". See `strategies.layer_stack.rematerialise`.
         offload: what lies in the memory of the host in place of the devices. "optimizer": the state
             of the optimizer, with accumulated gradients and averages of weights; it is updated
             there, and of each weight a gradient goes to the host and a change comes back
@@ -55,7 +55,7 @@ class MeshStrategy(tf.distribute.MirroredStrategy):
             gathered weights after the forward pass, and gathers them again for the backward pass.
             That sends half as much again, and keeps the whole weights of about two blocks in place
             of all. Weights outside of blocks stay. Where `rematerialise` computes a block again,
-            its weights are gathered again anyway. See `strategies.block_gathers`.
+            its weights are gathered again anyway. See `strategies.layer_stack.fsdp_prefetch`.
 
     Raises:
         ValueError: the mesh does not fit the devices, or the options do not fit the mesh.

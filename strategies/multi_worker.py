@@ -8,9 +8,9 @@ import keras
 import tensorflow as tf
 
 from llmos_tf import devices
-from llmos_tf.agreement import Agreement
+from llmos_tf.coordination import Agreement
 from llmos_tf.mesh import Mesh
-from llmos_tf.strategies.chief_files import hook_files
+from llmos_tf.strategies.keras_patches.saving import hook_files
 from llmos_tf.strategies.mesh import MeshStrategy
 
 _EXAMPLE = (

@@ -14,7 +14,7 @@ class PipelineParallelStrategy(MeshStrategy):
     Args:
         devices: device names; None takes all visible ones.
         num_microbatches: into how many equal parts the batch is cut; None: as many as stages.
-        schedule: "gpipe", "1f1b", "interleaved", "zb-h1" or "zb-v"; see `strategies.schedules`.
+        schedule: "gpipe", "1f1b", "interleaved", "zb-h1" or "zb-v"; see `planning.schedules`.
         num_chunks: parts of the model on each stage, for the schedule "interleaved".
         stage_of: layer name to stage, to overrule how the model is cut.
         **options: others of `MeshStrategy`, such as `rematerialise`.

@@ -1,6 +1,6 @@
 """TPUs: `tf.distribute.TPUStrategy` with its replicas and logical cores placed as a mesh says.
 
-Nothing here has run on a TPU. The placement is arithmetic (`strategies.tpu_placement`), tested on
+Nothing here has run on a TPU. The placement is arithmetic (`strategies.tpu_topology`), tested on
 constructed topologies; `docs/tpu.md` says what is not tested.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import tensorflow as tf
 
 from llmos_tf.mesh import BATCH_AXES, Mesh
-from llmos_tf.strategies.tpu_placement import CORE_AXES, core_coordinates
+from llmos_tf.strategies.tpu_topology import CORE_AXES, core_coordinates
 
 # Seconds to wait for each worker of a TPU before it is said to be absent.
 _ANSWER_SECONDS = 5

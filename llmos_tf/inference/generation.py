@@ -13,7 +13,7 @@ from llmos_tf.inference.sampling import SamplingValues, sample
 from llmos_tf.inference.sampling_config import SamplingConfig
 from llmos_tf.mesh import AXES
 from llmos_tf.models.language_model import LanguageModel
-from llmos_tf.program import current_program
+from llmos_tf.spmd.program import current_program
 
 _DEFAULT_SAMPLING = SamplingConfig()
 # No token equals it.

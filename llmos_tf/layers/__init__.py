@@ -8,8 +8,8 @@ from llmos_tf.layers.feed_forward import FeedForward
 from llmos_tf.layers.losses import TokenCrossEntropy, sharded_cross_entropy
 from llmos_tf.layers.mixture import MoE
 from llmos_tf.layers.norm import LayerNorm, RMSNorm
-from llmos_tf.layers.regions import TensorRegion, in_stream, stream_positions
 from llmos_tf.layers.rotary import rotate
+from llmos_tf.layers.tensor_region import TensorRegion, in_stream, stream_positions
 
 __all__ = [
     "Dense",

@@ -9,17 +9,17 @@ import keras
 import tensorflow as tf
 
 from llmos_tf import collectives
+from llmos_tf.layers.activation_sharding import current_stream
 from llmos_tf.layers.blockwise_attention import blockwise_attention, plain_attention
 from llmos_tf.layers.dense import Dense
 from llmos_tf.layers.dropout import Dropout
 from llmos_tf.layers.masks import Mask, WeightDropout
 from llmos_tf.layers.online_softmax import BLOCK
-from llmos_tf.layers.regions import AXIS, TensorRegion, in_stream, region_positions
 from llmos_tf.layers.ring_attention import ring_attention, ulysses_attention
 from llmos_tf.layers.rotary import rotate
-from llmos_tf.layers.stream import current_stream
-from llmos_tf.program import current_program
+from llmos_tf.layers.tensor_region import AXIS, TensorRegion, in_stream, region_positions
 from llmos_tf.sharding import layout_of, mark_partial_gradient
+from llmos_tf.spmd.program import current_program
 
 
 class SelfAttention(keras.layers.Layer):
@@ -31,10 +31,10 @@ class SelfAttention(keras.layers.Layer):
     2305.13245) each serves N/K query heads; where t does not divide K, key and value products are
     whole on every rank, which takes the heads that its query heads need.
 
-    Where the stream is split along positions (`layers.stream`), a rank has the queries, keys and
-    values of its own, and sees the others by `layers.ring_attention`. A row of 1,024 positions or
-    more is attended to by blocks (`layers.blockwise_attention`), a shorter one, and a cache, by one
-    matrix of scores.
+    Where the stream is split along positions (`layers.activation_sharding`), a rank has the
+    queries, keys and values of its own, and sees the others by `layers.ring_attention`. A row of
+    1,024 positions or more is attended to by blocks (`layers.blockwise_attention`), a shorter one,
+    and a cache, by one matrix of scores.
 
     Args:
         hidden_size: D.

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 
 import tensorflow as tf
 
-from llmos_tf.kept_results import kept, not_kept
+from llmos_tf.graph.checkpoint_names import kept, not_kept
 from llmos_tf.layers.masks import Mask, WeightDropout
 from llmos_tf.layers.online_softmax import (
     MAX_BLOCKS,

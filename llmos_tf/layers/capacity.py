@@ -3,9 +3,9 @@
 import tensorflow as tf
 
 from llmos_tf import collectives
-from llmos_tf.layers.regions import AXIS as TENSOR
-from llmos_tf.layers.stream import Stream, current_stream
-from llmos_tf.program import current_program
+from llmos_tf.layers.activation_sharding import Stream, current_stream
+from llmos_tf.layers.tensor_region import AXIS as TENSOR
+from llmos_tf.spmd.program import current_program
 
 
 def within_capacity(experts_BTK: tf.Tensor, num_experts: int, factor: float) -> tf.Tensor:

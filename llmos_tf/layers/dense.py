@@ -14,9 +14,9 @@ class Dense(keras.layers.Layer):
     """Y = XA + b, over any number of input and output dimensions.
 
     Computes with the slice of A that this rank holds and communicates nothing: the layer around
-    it enters and leaves the region (`layers.regions.TensorRegion`). With A = [A_1 .. A_t] cut by
-    columns each rank gets Y_i = X A_i; with A cut by rows, X_i A_i is a partial sum of Y, and the
-    bias is added by the caller after the sum (`add_bias`).
+    it enters and leaves the region (`layers.tensor_region.TensorRegion`). With A = [A_1 .. A_t] cut
+    by columns each rank gets Y_i = X A_i; with A cut by rows, X_i A_i is a partial sum of Y, and
+    the bias is added by the caller after the sum (`add_bias`).
 
     Args:
         input_shape: trailing dimensions of the input that are contracted, such as ``(D,)`` or

@@ -6,8 +6,8 @@ import keras
 import tensorflow as tf
 
 from llmos_tf import collectives
-from llmos_tf.layers.regions import AXIS
-from llmos_tf.program import current_program
+from llmos_tf.layers.tensor_region import AXIS
+from llmos_tf.spmd.program import current_program
 
 
 class Dropout(keras.layers.Layer):
@@ -16,7 +16,8 @@ class Dropout(keras.layers.Layer):
     Ranks with other rows of the batch draw other masks, because their seed generators have other
     states (`sharding.SeedVariable`). Along `tensor` the same activation gets the same mask, and an
     activation that is split along it (heads; positions between blocks under sequence parallelism)
-    gets another for each rank. So it does along the axes that split the stream (`layers.stream`).
+    gets another for each rank. So it does along the axes that split the stream
+    (`layers.activation_sharding`).
 
     Args:
         rate: share of entries that are dropped, 0 <= rate < 1.

@@ -7,9 +7,9 @@ import tensorflow as tf
 
 from llmos_tf import collectives
 from llmos_tf.layers.matrix_products import product_by_rows
-from llmos_tf.layers.regions import AXIS, TensorRegion, in_stream, stream_positions
-from llmos_tf.program import current_program
+from llmos_tf.layers.tensor_region import AXIS, TensorRegion, in_stream, stream_positions
 from llmos_tf.sharding import layout_of, local_slice
+from llmos_tf.spmd.program import current_program
 
 
 class TokenEmbedding(keras.layers.Layer):

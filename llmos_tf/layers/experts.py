@@ -6,8 +6,8 @@ import keras
 import tensorflow as tf
 
 from llmos_tf import collectives
+from llmos_tf.layers.activation_sharding import current_stream
 from llmos_tf.layers.dispatch import AXIS, apply_at_owners, apply_grouped
-from llmos_tf.layers.stream import current_stream
 from llmos_tf.sharding import layout_of, local_slice
 
 

@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from llmos_tf.layers.dense import Dense
 from llmos_tf.layers.dropout import Dropout
-from llmos_tf.layers.regions import TensorRegion, in_stream
+from llmos_tf.layers.tensor_region import TensorRegion, in_stream
 
 
 class FeedForward(keras.layers.Layer):

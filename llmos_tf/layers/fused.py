@@ -5,7 +5,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from llmos_tf.fusion import fused
+from llmos_tf.graph.fusion import fused
 
 # --- GELU ----------------------------------------------------------------------------------------
 

@@ -7,8 +7,8 @@ import keras
 import tensorflow as tf
 
 from llmos_tf import collectives
-from llmos_tf.fusion import fused, is_large
-from llmos_tf.program import current_program
+from llmos_tf.graph.fusion import fused, is_large
+from llmos_tf.spmd.program import current_program
 
 
 class TokenCrossEntropy(keras.losses.Loss):
@@ -18,7 +18,8 @@ class TokenCrossEntropy(keras.losses.Loss):
     ranks. Where an output layer has left its logits cut by vocabulary, the loss is computed on the
     slices with three sums for each token, and no device ever holds the logits of all V tokens
     (Megatron-LM, arXiv 1909.08053, section 3). Where a model has left them cut by rows or positions
-    (`layers.stream`), each rank computes its own part's losses, and only those are gathered.
+    (`layers.activation_sharding`), each rank computes its own part's losses, and only those are
+    gathered.
 
     Args:
         reduction: as for `keras.losses.Loss`.

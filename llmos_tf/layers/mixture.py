@@ -5,18 +5,19 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from llmos_tf import batch, collectives
-from llmos_tf.blocks import NotABlock
+from llmos_tf import collectives
+from llmos_tf.collectives import batch
+from llmos_tf.graph.outlined_function import NotABlock
+from llmos_tf.layers.activation_sharding import current_stream
 from llmos_tf.layers.capacity import within_capacity
 from llmos_tf.layers.dispatch import AXIS
 from llmos_tf.layers.dropout import Dropout
 from llmos_tf.layers.experts import Experts
-from llmos_tf.layers.regions import AXIS as TENSOR
-from llmos_tf.layers.regions import TensorRegion
 from llmos_tf.layers.router import Router, Routing, load_balance_loss, router_z_loss
-from llmos_tf.layers.stream import current_stream
+from llmos_tf.layers.tensor_region import AXIS as TENSOR
+from llmos_tf.layers.tensor_region import TensorRegion
 from llmos_tf.mesh import BATCH_AXES
-from llmos_tf.program import current_program
+from llmos_tf.spmd.program import current_program
 
 
 class MoE(keras.layers.Layer):
@@ -26,9 +27,9 @@ class MoE(keras.layers.Layer):
     cut both over `expert` by experts, and over `tensor` by columns and rows as a feed-forward
     layer's. With kernels cut over `expert` there are two ways:
 
-    - Ranks of the axis hold different tokens (`layers.stream`, as in the models of this project):
-      a token's row travels to the ranks of its experts by all-to-all and its result back; backward
-      likewise.
+    - Ranks of the axis hold different tokens (`layers.activation_sharding`, as in the models of
+      this project): a token's row travels to the ranks of its experts by all-to-all and its result
+      back; backward likewise.
     - They hold the same tokens, as in any other Keras model and in decoding: each computes with its
       own experts, and the sum over the axis is Y; backward, gradients of X and w are summed.
 

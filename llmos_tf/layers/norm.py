@@ -6,7 +6,7 @@ import keras
 import tensorflow as tf
 
 from llmos_tf.layers.fused import layer_norm, rms_norm
-from llmos_tf.layers.regions import in_stream
+from llmos_tf.layers.tensor_region import in_stream
 
 
 class LayerNorm(keras.layers.LayerNormalization):

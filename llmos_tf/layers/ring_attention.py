@@ -4,9 +4,9 @@ Ring attention (arXiv 2310.01889): keys and values travel around the ranks, each
 queries see those that pass by (`online_softmax.attend`) and keeps only its own. In the
 backward pass they travel again, with their gradients, which come home after a whole turn.
 
-With zigzag placement (`layers.stream`) a rank's positions are two pieces, one early (lo) and one
-late (hi), and whatever keys come, exactly two products of pieces are to be computed, without a
-mask. For keys of rank j at rank i:
+With zigzag placement (`layers.activation_sharding`) a rank's positions are two pieces, one early
+(lo) and one late (hi), and whatever keys come, exactly two products of pieces are to be computed,
+without a mask. For keys of rank j at rank i:
 
     j < i:  q_lo with k_lo, q_hi with k_lo        j > i:  q_hi with k_lo, q_hi with k_hi
 
@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from llmos_tf import collectives
-from llmos_tf.kept_results import kept, not_kept
+from llmos_tf.graph.checkpoint_names import kept, not_kept
 from llmos_tf.layers.blockwise_attention import blockwise_attention, cast_like, computed_again
 from llmos_tf.layers.masks import Mask, WeightDropout
 from llmos_tf.layers.online_softmax import MAX_BLOCKS, Sums, Upstream, attend, attend_gradient

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from llmos_tf.layers.regions import in_stream
+from llmos_tf.layers.tensor_region import in_stream
 from llmos_tf.sharding import local_slice
 
 

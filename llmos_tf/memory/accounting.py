@@ -6,10 +6,10 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from llmos_tf.graph.inlining import ProgramOps
 from llmos_tf.memory.device_programs import DeviceProgram, device_programs, trace_step
-from llmos_tf.memory.kinds import OTHER, kinds_of_values
 from llmos_tf.memory.liveness import fullest_moment
-from llmos_tf.memory.program_ops import ProgramOps
+from llmos_tf.memory.value_kinds import OTHER, kinds_of_values
 
 HOST = "host"
 _IN_A_STEP = ("gradients", "activations", "communication")

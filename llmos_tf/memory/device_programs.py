@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from llmos_tf import _internal
-from llmos_tf.wire import sending
+from llmos_tf.collectives.annotations import sending
 
 
 @dataclass(frozen=True, kw_only=True)

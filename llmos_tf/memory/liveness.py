@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from llmos_tf.memory.program_ops import ProgramOps, Work
+from llmos_tf.graph.inlining import ProgramOps, Work
 
 # Ops that write their first output over an input of its size, where nobody else needs that one.
 OVERWRITES = frozenset(

@@ -8,8 +8,8 @@ import matplotlib.figure
 import matplotlib.patches
 
 from llmos_tf.planning.bubbles import published_bubble
+from llmos_tf.planning.schedules import Op, Schedule
 from llmos_tf.planning.simulation import Timeline, simulate
-from llmos_tf.strategies.schedules import Op, Schedule
 
 # Blocks of lines at each end of a text picture that is too long to be shown whole.
 _BLOCKS = 3

@@ -25,7 +25,7 @@ from llmos_tf.planning.weights import FIRST, LAST, total
 # What a device holds, by kind; `HOST` lies in the memory of its host.
 HOST = "host"
 KINDS = ("parameters", "gradients", "optimizer", "activations", "communication", "other")
-# As in `strategies.fused_update` and `fusion`.
+# As in `strategies.optimizer.fused_update` and `fusion`.
 GROUP_BYTES = 4 * 2**20
 MIN_ELEMENTS = 2**15
 

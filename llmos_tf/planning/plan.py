@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from llmos_tf.config import MixtralConfig, ModelConfig
 from llmos_tf.mesh import Mesh
 from llmos_tf.planning.activations import WIDE, Tokens
+from llmos_tf.planning.schedules import Schedule
 from llmos_tf.planning.weights import Weight, weights_of
-from llmos_tf.strategies.schedules import Schedule
 
 # Of the options of `MeshStrategy` those that are no number.
 REMATERIALISE = ("none", "full", "block", "selective")

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from llmos_tf.strategies.schedules import Schedule, Task, needs
+from llmos_tf.planning.schedules import Schedule, Task, needs
 
 
 class Timeline(NamedTuple):

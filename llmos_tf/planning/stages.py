@@ -4,10 +4,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from llmos_tf.strategies.schedules import Schedule
+from llmos_tf.planning.schedules import Schedule
 
-# As for `strategies.pipeline.cut`: an element that is read and written takes as long as so many
-# operations of a matrix product.
+# As for `strategies.pipeline.partition`: an element that is read and written takes as long as so
+# many operations of a matrix product.
 PER_ELEMENT = 30
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from llmos_tf.config import ModelConfig
 from llmos_tf.mesh import Mesh
-from llmos_tf.strategies.schedules import make_schedule
+from llmos_tf.planning.schedules import make_schedule
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,11 +2,12 @@
 
 import tensorflow as tf
 
-from llmos_tf import _internal, batch, collectives
-from llmos_tf.blocks import NotABlock
+from llmos_tf import _internal, collectives
+from llmos_tf.collectives import batch
+from llmos_tf.graph.outlined_function import NotABlock
 from llmos_tf.mesh import BATCH_AXES
-from llmos_tf.program import current_program
 from llmos_tf.sharding.variables import ShardedVariable, run_program
+from llmos_tf.spmd.program import current_program
 
 
 class SeedVariable(ShardedVariable):

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from llmos_tf import _internal, batch, collectives
-from llmos_tf.program import current_program
+from llmos_tf import _internal, collectives
+from llmos_tf.collectives import batch
+from llmos_tf.sharding.assignment import WrittenByParts, average_statistics, check_owner
 from llmos_tf.sharding.layout import Layout
-from llmos_tf.sharding.writing import WrittenByParts, average_statistics, check_owner
+from llmos_tf.spmd.program import current_program
 
 
 class ShardedVariable(WrittenByParts, _internal.MirroredVariable):
@@ -58,7 +59,7 @@ class ShardedVariable(WrittenByParts, _internal.MirroredVariable):
         self.path = path
         self.host = host
         # What compression of its gradient keeps from step to step, by what it is: distributed
-        # variables, each rank's its own (`strategies.compression`).
+        # variables, each rank's its own (`strategies.gradients.compression`).
         self.reduction_state: dict[tuple, Any] = {}
         self._full_shape = full_shape
 

@@ -15,9 +15,9 @@ import tensorflow as tf
 
 from llmos_tf import _internal, collectives
 from llmos_tf.layers import Dropout
-from llmos_tf.layers.stream import Stream, current_stream, entered
+from llmos_tf.layers.activation_sharding import Stream, current_stream, entered
 from llmos_tf.mesh import AXES, BATCH_AXES
-from llmos_tf.program import current_program
+from llmos_tf.spmd.program import current_program
 from llmos_tf.testing.cases import Case
 
 # Attributes by which Keras's random layers, and those of users who follow it, say how much.
@@ -32,7 +32,8 @@ class Draws(NamedTuple):
     Attributes:
         values: ``[ranks, ...]``: masks of a layer that the model calls with one tensor, else the
             seeds that its generator gives. On one device one rank.
-        stream_axes: mesh axes along which the layer's input is split (`layers.stream`).
+        stream_axes: mesh axes along which the layer's input is split
+            (`layers.activation_sharding`).
     """
 
     values: np.ndarray

@@ -4,20 +4,20 @@
 
 1. split the batch: `split_batch`;
 2. local gradients, by each rank's rows: `local_gradients`;
-3. all-reduce y = Σ_j x_j of the gradients: `strategies.gradients.sync_gradients`;
-4. update θ ← θ - η∇J(θ), the same on every rank: `strategies.update.apply_gradients`;
+3. all-reduce y = Σ_j x_j of the gradients: `strategies.gradients.sync.sync_gradients`;
+4. update θ ← θ - η∇J(θ), the same on every rank: `strategies.optimizer.apply.apply_gradients`;
 5. repeat: call the step again.
 
 *Model-parallel algorithm*, over the axis `tensor`:
 
 1. split the model: layouts cut its variables (`sharding.Layout`, `models.layouts`);
 2. each rank computes its part, forward and backward: the same `local_gradients`;
-3. exchange intermediate results where a part ends: `layers.regions.TensorRegion`;
+3. exchange intermediate results where a part ends: `layers.tensor_region.TensorRegion`;
 4. update: each rank its own part, the same `apply_gradients`.
 
 On a mesh of both, both happen. On an axis `pipe` a rank has the gradients of its stage's layers, by
 all microbatches (`strategies.pipeline`). `model.fit` under a strategy's scope runs Keras's own
-`train_step` through the same steps 1, 3 and 4 (`strategies.keras_hooks`).
+`train_step` through the same steps 1, 3 and 4 (`strategies.keras_patches.while_tracing`).
 """
 
 from collections.abc import Callable
@@ -27,13 +27,13 @@ import keras
 import tensorflow as tf
 
 from llmos_tf import _internal
-from llmos_tf.batch import weigh_rows
+from llmos_tf.collectives.batch import weigh_rows
 from llmos_tf.layers import TokenCrossEntropy
 from llmos_tf.models.language_model import LanguageModel
-from llmos_tf.program import current_program
-from llmos_tf.strategies.input import split_batch
-from llmos_tf.strategies.pipeline.run import Pipeline
-from llmos_tf.strategies.pipeline.steps import is_pipelined, run_loss
+from llmos_tf.spmd.program import current_program
+from llmos_tf.strategies.engine.input import split_batch
+from llmos_tf.strategies.pipeline.keras_steps import is_pipelined, run_loss
+from llmos_tf.strategies.pipeline.pipeline import Pipeline
 
 Batch = tuple[Any, Any, Any]
 
@@ -177,7 +177,7 @@ def local_gradients(
 def batch_loss(model: keras.Model, loss: Any, batch: Batch, training: bool) -> tf.Tensor:
     """The loss of the global batch: a sum over all ranks' rows, divided by the global weight.
 
-    What is differentiated is this rank's share of it (`strategies.keras_hooks`).
+    What is differentiated is this rank's share of it (`strategies.keras_patches.while_tracing`).
 
     Args:
         model: the model.

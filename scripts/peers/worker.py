@@ -16,7 +16,7 @@ import time
 import traceback
 from typing import Any, TextIO
 
-from llmos_tf.resident import peak_resident_bytes
+from llmos_tf.process import peak_resident_bytes
 from llmos_tf.scripts.peers.kinds import KINDS
 from llmos_tf.scripts.peers.workload import Job
 

@@ -20,7 +20,7 @@ from keras import ops
 
 from llmos_tf import collectives
 from llmos_tf.sharding import local_slice
-from llmos_tf.sharding.lookups import note_lookup
+from llmos_tf.sharding.embedding_lookups import note_lookup
 from llmos_tf.strategies.keras_layers.products import (
     AXIS,
     cut_dim,

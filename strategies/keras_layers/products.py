@@ -22,8 +22,8 @@ import tensorflow as tf
 from keras import activations, ops
 
 from llmos_tf import collectives
-from llmos_tf.program import current_program
 from llmos_tf.sharding import layout_of, local_slice
+from llmos_tf.spmd.program import current_program
 
 AXIS = "tensor"
 

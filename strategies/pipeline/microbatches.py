@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import tensorflow as tf
 
-from llmos_tf.program import ReplicaProgram
+from llmos_tf.spmd.program import ReplicaProgram
 
 
 class Microbatches:

@@ -10,9 +10,9 @@ import tensorflow as tf
 
 from llmos_tf import _internal
 from llmos_tf.sharding import ShardedVariable
-from llmos_tf.strategies.pipeline.cut import count_costs, cut_by_cost
-from llmos_tf.strategies.pipeline.parts import free_ops, part_of_unit
-from llmos_tf.strategies.pipeline.trace import ModelTrace, trace_program
+from llmos_tf.strategies.pipeline.microbatch_trace import ModelTrace, trace_program
+from llmos_tf.strategies.pipeline.model_parts import free_ops, part_of_unit
+from llmos_tf.strategies.pipeline.partition import count_costs, cut_by_cost
 
 # On a model: how it is cut.
 _ATTRIBUTE = "_llmos_placement"

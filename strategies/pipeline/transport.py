@@ -4,13 +4,13 @@ from collections.abc import Sequence
 
 import tensorflow as tf
 
-from llmos_tf.collective_ops import with_length
-from llmos_tf.point_to_point import Edge
-from llmos_tf.program import ReplicaProgram
-from llmos_tf.strategies.pipeline.loops import Queue, repeat
-from llmos_tf.strategies.pipeline.parts import Message
-from llmos_tf.strategies.pipeline.step_trace import StepTrace
-from llmos_tf.strategies.schedules import Schedule
+from llmos_tf.collectives.group_ops import with_length
+from llmos_tf.collectives.point_to_point import Edge
+from llmos_tf.planning.schedules import Schedule
+from llmos_tf.spmd.program import ReplicaProgram
+from llmos_tf.strategies.pipeline.model_parts import Message
+from llmos_tf.strategies.pipeline.stage_loop import Queue, repeat
+from llmos_tf.strategies.pipeline.traced_step import StepTrace
 
 # What was received and not used yet, at most.
 _AHEAD = 2

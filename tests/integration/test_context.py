@@ -17,7 +17,7 @@ from llmos_tf import Mesh
 from llmos_tf.inference import generate
 from llmos_tf.layers import TokenCrossEntropy
 from llmos_tf.models import GPT, GPTConfig, Llama, LlamaConfig
-from llmos_tf.program import current_program
+from llmos_tf.spmd.program import current_program
 from llmos_tf.strategies import MeshStrategy
 from llmos_tf.testing import max_difference, train
 from llmos_tf.training import make_train_step

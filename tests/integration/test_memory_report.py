@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from llmos_tf import Mesh, devices, fusion, memory
+from llmos_tf import Mesh, devices, memory
+from llmos_tf.graph import fusion
 from llmos_tf.layers import TokenCrossEntropy
 from llmos_tf.models import (
     GPT,

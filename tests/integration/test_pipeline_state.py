@@ -14,7 +14,7 @@ from llmos_tf.checkpoint import restore_checkpoint, save_checkpoint
 from llmos_tf.layers import TokenCrossEntropy
 from llmos_tf.models import GPT, GPTConfig
 from llmos_tf.strategies import MeshStrategy
-from llmos_tf.strategies.pipeline.run import Pipeline
+from llmos_tf.strategies.pipeline.pipeline import Pipeline
 from llmos_tf.training import make_loss_step, make_train_step
 
 TOLERANCE = 1e-9

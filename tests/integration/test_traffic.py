@@ -12,6 +12,7 @@ import pytest
 import tensorflow as tf
 
 from llmos_tf import Mesh
+from llmos_tf.collectives.traffic_report import stage_tallies
 from llmos_tf.layers import TokenCrossEntropy
 from llmos_tf.models import (
     GPT,
@@ -24,7 +25,6 @@ from llmos_tf.models import (
 from llmos_tf.planning import TrainingStep, step_traffic
 from llmos_tf.strategies import MeshStrategy
 from llmos_tf.strategies.pipeline.placement import placement_of
-from llmos_tf.traffic import stage_tallies
 from llmos_tf.training import make_train_step
 
 # Large enough that no activation is smaller than 1 KiB; 301 tokens are divided by no axis.

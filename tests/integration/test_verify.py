@@ -7,10 +7,12 @@ import keras
 import pytest
 import tensorflow as tf
 
-from llmos_tf import batch
+from llmos_tf.collectives import batch
 from llmos_tf.scripts import verify
 from llmos_tf.sharding import Layout, SeedVariable
-from llmos_tf.strategies import gradients, keras_hooks, variable_making
+from llmos_tf.strategies.engine import variable_creation as variable_making
+from llmos_tf.strategies.gradients import sync as gradients
+from llmos_tf.strategies.keras_patches import while_tracing as keras_hooks
 
 # A module as a user writes it. Batches are uneven, and both inputs and weights are there.
 SOURCE = """

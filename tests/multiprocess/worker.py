@@ -39,7 +39,7 @@ ROWS, LENGTH, VOCABULARY = 4, 4, 10
 
 def load_collective_cases():
     """The cases of the one-process test: collectives, and what numpy says of them."""
-    path = Path(__file__).resolve().parents[1] / "unit" / "test_collectives.py"
+    path = Path(__file__).resolve().parents[1] / "unit" / "collectives" / "test_functions.py"
     spec = importlib.util.spec_from_file_location("collective_cases", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules["collective_cases"] = module

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmos_tf import Mesh, collectives
+from llmos_tf.layers.activation_sharding import entered, open_stream
 from llmos_tf.layers.capacity import within_capacity
-from llmos_tf.layers.stream import entered, open_stream
-from llmos_tf.program import current_program
+from llmos_tf.spmd.program import current_program
 from llmos_tf.strategies import MeshStrategy
 
 EXPERTS, FACTOR = 4, 0.75

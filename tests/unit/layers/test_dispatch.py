@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from llmos_tf import Mesh, collectives
 from llmos_tf.layers.dispatch import apply_at_owners, apply_grouped
-from llmos_tf.program import current_program
+from llmos_tf.spmd.program import current_program
 from llmos_tf.strategies import MeshStrategy
 
 WIDTH, EXPERTS = 3, 4

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from llmos_tf import fusion
+from llmos_tf.graph import fusion
 from llmos_tf.layers import TokenCrossEntropy
 from llmos_tf.layers.fused import gelu, layer_norm, rms_norm
 

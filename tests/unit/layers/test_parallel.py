@@ -27,10 +27,10 @@ from llmos_tf.layers import (
     in_stream,
     sharded_cross_entropy,
 )
-from llmos_tf.program import current_program
 from llmos_tf.sharding import Layout
+from llmos_tf.spmd.program import current_program
 from llmos_tf.strategies import MeshStrategy
-from llmos_tf.strategies.gradients import sync_gradients
+from llmos_tf.strategies.gradients.sync import sync_gradients
 
 TOLERANCE = 1e-11
 # 4 divides neither the vocabulary nor the two key-value heads.

@@ -10,10 +10,10 @@ import pytest
 import tensorflow as tf
 
 from llmos_tf import Mesh
+from llmos_tf.layers.activation_sharding import Stream
 from llmos_tf.layers.blockwise_attention import plain_attention
 from llmos_tf.layers.masks import Mask, WeightDropout
 from llmos_tf.layers.ring_attention import ring_attention, ulysses_attention
-from llmos_tf.layers.stream import Stream
 from llmos_tf.strategies import MeshStrategy
 
 TOLERANCE = 1e-11

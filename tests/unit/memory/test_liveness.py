@@ -4,9 +4,9 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmos_tf.memory.kinds import kinds_of_values
+from llmos_tf.graph.inlining import ProgramOps
 from llmos_tf.memory.liveness import fullest_moment
-from llmos_tf.memory.program_ops import ProgramOps
+from llmos_tf.memory.value_kinds import kinds_of_values
 
 N = 1000
 FLOATS = 4 * N

@@ -6,7 +6,7 @@ import matplotlib.image
 import pytest
 
 from llmos_tf.planning import draw_png, draw_text, text_legend
-from llmos_tf.strategies.schedules import make_schedule
+from llmos_tf.planning.schedules import make_schedule
 
 PICTURE = """\
 tick     0  1  2  3  4  5  6  7  8  9

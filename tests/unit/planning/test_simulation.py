@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmos_tf.planning import published_bubble, simulate
-from llmos_tf.strategies.schedules import Op, Schedule, make_schedule
+from llmos_tf.planning.schedules import Op, Schedule, make_schedule
 
 # Quarters, halves and thirds of small numbers: sums are exact to a few units in the last place.
 CLOSE = {"rel": 1e-12, "abs": 1e-12}

@@ -9,7 +9,8 @@ import tensorflow as tf
 
 from llmos_tf import Mesh, checkpoint, collectives
 from llmos_tf.memory.device_programs import device_programs, trace_step
-from llmos_tf.strategies import MeshStrategy, fused_update
+from llmos_tf.strategies import MeshStrategy
+from llmos_tf.strategies.optimizer import fused_update
 
 HOST = "/job:localhost/replica:0/task:0/device:CPU:0"
 DEVICES = [f"/job:localhost/replica:0/task:0/device:CPU:{i}" for i in range(1, 5)]

@@ -12,7 +12,7 @@ from small_strategies import MESHES, MESHES_OF_4, make_model, strategy_of
 
 from llmos_tf.mesh import Mesh
 from llmos_tf.strategies import MeshStrategy
-from llmos_tf.strategies.engine import MAX_EAGER_FUNCTIONS
+from llmos_tf.strategies.engine.engine import MAX_EAGER_FUNCTIONS
 
 X = np.random.default_rng(0).normal(size=(22, 4))
 Y = np.random.default_rng(1).normal(size=(22, 2))

@@ -12,7 +12,7 @@ from llmos_tf import Mesh
 from llmos_tf.layers import Dropout, TokenCrossEntropy
 from llmos_tf.models import GPT, GPTConfig
 from llmos_tf.sharding import SeedVariable, ShardedVariable
-from llmos_tf.strategies import update
+from llmos_tf.strategies.optimizer import apply as update
 from llmos_tf.testing import verify
 from llmos_tf.testing.cases import Case
 from llmos_tf.testing.randomness import Draws, wrong_draws

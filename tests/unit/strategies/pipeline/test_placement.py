@@ -7,8 +7,8 @@ import tensorflow as tf
 from llmos_tf import Mesh, memory
 from llmos_tf.models import GPT, GPTConfig
 from llmos_tf.strategies import MeshStrategy
+from llmos_tf.strategies.pipeline.microbatch_trace import Unit
 from llmos_tf.strategies.pipeline.placement import placement_of
-from llmos_tf.strategies.pipeline.trace import Unit
 
 FLOAT = 4
 

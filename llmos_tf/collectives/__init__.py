@@ -1,0 +1,33 @@
+"""Communication along named mesh axes, each function with its gradient."""
+
+from llmos_tf.collectives.functions import (
+    all_gather,
+    all_reduce,
+    all_to_all,
+    axis_index,
+    axis_size,
+    broadcast,
+    copy_to_axis,
+    gather_from_axis,
+    permute,
+    reduce_from_axis,
+    reduce_scatter,
+    split_to_axis,
+)
+from llmos_tf.collectives.traffic_report import traffic
+
+__all__ = [
+    "all_gather",
+    "all_reduce",
+    "all_to_all",
+    "axis_index",
+    "axis_size",
+    "broadcast",
+    "copy_to_axis",
+    "gather_from_axis",
+    "permute",
+    "reduce_from_axis",
+    "reduce_scatter",
+    "split_to_axis",
+    "traffic",
+]

@@ -1,0 +1,1 @@
+"""Analysis and surgery of traced TensorFlow graphs."""

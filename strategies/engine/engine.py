@@ -1,0 +1,308 @@
+"""Trace once, call per device.
+
+`MirroredStrategy` runs a replica function in one thread for each device and traces it once for
+each. Here it is traced once, and one call of the traced function is placed on every device, with
+that device's variable handles, coordinate and rows of the batch as inputs. See docs/adr/0001.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import tensorflow as tf
+
+from llmos_tf import _internal
+from llmos_tf.collectives import batch
+from llmos_tf.sharding.assignment import average_statistics, check_owner
+from llmos_tf.spmd.program import ReplicaProgram
+from llmos_tf.strategies.engine.graph_edges import Phases
+
+# Functions that were called eagerly, for each strategy. A function that is made anew for each call,
+# as `strategy.reduce(..., axis=0)` does, must not be kept, with all that it refers to, for ever.
+MAX_EAGER_FUNCTIONS = 64
+
+
+class Engine:
+    """Runs replica functions on the local ranks of a mesh.
+
+    Args:
+        extended: the strategy's `MeshExtended`, which owns mesh, devices, keys and tokens.
+    """
+
+    def __init__(self, extended: Any):
+        self._extended = extended
+        self._eager_functions: dict[Any, tf.types.experimental.PolymorphicFunction] = {}
+        self.num_traces = 0
+
+    def run(self, fn: Callable, args: tuple, kwargs: dict) -> Any:
+        """Runs `fn` on every local rank.
+
+        Args:
+            fn: the replica function.
+            args: its arguments; a `PerReplica` gives each rank its rows of the batch.
+            kwargs: its keyword arguments.
+
+        Returns:
+            Results, one for each part of the batch, as `tf.distribute` returns them.
+        """
+        if tf.inside_function():
+            return self._run_in_graph(fn, args, kwargs)
+        # Eagerly, one device's collective would wait for devices that were not yet called.
+        key = getattr(fn, "__wrapped__", fn)
+        function = self._eager_functions.pop(key, None)
+        if function is None:
+            function = tf.function(
+                lambda args, kwargs: self._run_in_graph(fn, args, kwargs), autograph=False
+            )
+        # Last in, so that the first is the one that was not used for longest.
+        self._eager_functions[key] = function
+        if len(self._eager_functions) > MAX_EAGER_FUNCTIONS:
+            del self._eager_functions[next(iter(self._eager_functions))]
+        return function(args, kwargs)
+
+    def _run_in_graph(self, fn: Callable, args: tuple, kwargs: dict) -> Any:
+        extended = self._extended
+        per_rank = [
+            _internal.select_replica(extended.local_batch_index(rank), (args, kwargs))
+            for rank in extended.local_ranks
+        ]
+        flat = [tf.nest.flatten(value, expand_composites=True) for value in per_rank]
+        is_tensor = [tf.is_tensor(value) for value in flat[0]]
+        inputs = [[v for v, t in zip(values, is_tensor, strict=True) if t] for values in flat]
+        specs = [_common_spec(values) for values in zip(*inputs, strict=True)]
+        rows = None
+        if batch.weighs_rows(fn):
+            rows, inputs = self._lend_rows(per_rank, inputs, specs)
+        lends = rows is not None
+        if rows is None:
+            rows = [tf.constant(0)] * len(inputs)
+        values = [[own, *tensors] for own, tensors in zip(rows, inputs, strict=True)]
+        results: dict[int, Any] = {}
+        shared: list[Any] = []
+        for positions in extended.collective_keys.each_stage(extended.positions_by_stage):
+            traced = self._trace(fn, positions[0], per_rank[0], is_tensor, lends, specs, shared)
+            phases = Phases.of(traced) if extended.shares_memory else None
+            if phases is not None:
+                results.update(enumerate(self._call_phases(phases, values)))
+                continue
+            for position in positions:
+                results[position] = self._call(traced, position, values[position])
+        first = tuple(results[i] for i in extended.batch_representatives)
+        return _internal.regroup(
+            tf.nest.map_structure(_without_gradient, first, expand_composites=True)
+        )
+
+    def _trace(
+        self,
+        fn: Callable,
+        position: int,
+        arguments: Any,
+        is_tensor: list[bool],
+        lends: bool,
+        specs: list[tf.TensorSpec],
+        shared: list[Any],
+    ) -> Any:
+        """Traces the program of the stage of a local rank, as a concrete function.
+
+        Args:
+            fn: the replica function.
+            position: of the rank among the local ones.
+            arguments: (arguments, keyword arguments) of one rank.
+            is_tensor: which of their flat values are inputs.
+            lends: whether ranks may have been lent a row.
+            specs: of the inputs.
+            shared: what the programs of the other stages have left for this one.
+
+        Returns:
+            A function of a rank's coordinate, its number of rows, and its inputs.
+        """
+        extended, programs = self._extended, []
+        flat = tf.nest.flatten(arguments, expand_composites=True)
+
+        def program(coordinate, own_rows, *tensors):
+            remaining = iter(tensors)
+            values = [next(remaining) if t else v for v, t in zip(flat, is_tensor, strict=True)]
+            rank_args, rank_kwargs = tf.nest.pack_sequence_as(
+                arguments, values, expand_composites=True
+            )
+            self.num_traces += 1
+            replica = self._program(coordinate, position)
+            programs.append(replica)
+            replica.rows = own_rows if lends else None
+            replica.shared = shared
+            with replica, extended.replica_hooks():
+                result = fn(*rank_args, **rank_kwargs)
+                average_statistics(replica)
+                replica.end()
+                return tf.nest.map_structure(_own_rows, result)
+
+        coordinate_spec = tf.TensorSpec([extended.mesh.coordinates().shape[1]], tf.int32)
+        rows_spec = tf.TensorSpec([], tf.int32)
+        # Not inlined: a loop in an inlined copy has a name of its own on each device, TensorFlow
+        # puts that name into the keys of the collectives in the loop, and ranks would never meet.
+        # Nor copied for each device, whose coordinate is a constant.
+        attributes = {"_noinline": True, "_nospecialize": True}
+        with _internal.unspecialized():
+            traced = tf.function(program, autograph=False, experimental_attributes=attributes)
+            concrete = traced.get_concrete_function(coordinate_spec, rows_spec, *specs)
+        if programs[-1].communicates:
+            _check_not_shared(concrete)
+        _internal.keep_gradients_with(concrete.graph)
+        return concrete
+
+    def _lend_rows(
+        self, per_rank: list[Any], inputs: list[list[tf.Tensor]], specs: list[tf.TensorSpec]
+    ) -> tuple[list[tf.Tensor] | None, list[list[tf.Tensor]]]:
+        """Lends ranks without a row one of the last rank's; see `llmos_tf.collectives.batch`.
+
+        Returns:
+            For each rank the number of rows of its own, or None where each has as many; and inputs
+            of at least one row.
+        """
+        if self._extended.mesh.batch_ways == 1:
+            return None, inputs
+        # Parts of a ragged or sparse tensor are not rows.
+        dense = [
+            isinstance(value, tf.Tensor)
+            for value in tf.nest.flatten(per_rank[0])
+            for part in tf.nest.flatten(value, expand_composites=True)
+            if tf.is_tensor(part)
+        ]
+        split = [
+            i
+            for i, (spec, is_dense) in enumerate(zip(specs, dense, strict=True))
+            if is_dense and spec.shape.rank and spec.shape[0] is None and self._differs(inputs, i)
+        ]
+        if not split:
+            return None, inputs
+        rows = [tf.shape(values[split[0]])[0] for values in inputs]
+        lent = [list(values) for values in inputs]
+        with tf.device("CPU:0"):
+            for i in split:
+                last = inputs[-1][i]
+                zeros = tf.zeros(tf.concat([[1], tf.shape(last)[1:]], 0), last.dtype)
+                # Zeros where this process has no row at all.
+                row = tf.concat([last[:1], zeros], 0)[:1]
+                for mine, values in zip(lent, inputs, strict=True):
+                    mine[i] = _or_lent(values[i], row)
+        return rows, lent
+
+    def _differs(self, inputs: list[list[tf.Tensor]], i: int) -> bool:
+        """Whether an input is split over the parts of the batch, as far as this process sees."""
+        alone = len(self._extended.local_batch_parts) == 1
+        return alone or inputs[0][i] is not inputs[-1][i]
+
+    def _program(self, coordinate: tf.Tensor, position: int) -> ReplicaProgram:
+        extended = self._extended
+        program = ReplicaProgram(
+            extended.container_strategy(),
+            extended.mesh,
+            coordinate,
+            extended.tokens.values[position].handle,
+            extended.gradient_tokens.values[position].handle,
+            extended.collective_keys,
+            extended.communication,
+            extended.options.sequence_parallel,
+            extended.options.context_method,
+            position,
+            extended.stage_of_position(position),
+        )
+        program.update_device = extended.host_of_state
+        return program
+
+    def _call(self, concrete: Any, position: int, inputs: list[tf.Tensor]) -> Any:
+        """Places a call of a program on the device of a local rank."""
+        extended = self._extended
+        captures = [self._capture_of(tensor, position) for tensor in concrete.captured_inputs]
+        rank = extended.local_ranks[position]
+        with tf.device(extended.worker_devices[position]):
+            coordinate = tf.constant(extended.mesh.coordinates()[rank])
+            return _internal.call_with_captures(concrete, [coordinate, *inputs], captures)
+
+    def _call_phases(self, phases: Phases, inputs: list[list[tf.Tensor]]) -> list[Any]:
+        """Places the calls of a program in phases on the devices of all ranks."""
+        extended = self._extended
+        coordinates = map(tf.constant, extended.mesh.coordinates())
+        arguments = [[where, *mine] for where, mine in zip(coordinates, inputs, strict=True)]
+
+        def captures_of(concrete, position):
+            return [self._capture_of(tensor, position) for tensor in concrete.captured_inputs]
+
+        return phases.call(arguments, captures_of, extended.worker_devices)
+
+    def _capture_of(self, tensor: tf.Tensor, index: int) -> tf.Tensor:
+        """What the rank at `index` passes where rank 0's program captured `tensor`."""
+        container = _internal.captured_container(tensor)
+        if container is None:
+            if tf.is_symbolic_tensor(tensor):
+                _check_in_scope(tensor)
+            return tensor
+        check_owner(container, self._extended.container_strategy())
+        return container.values[index].handle
+
+
+def _check_in_scope(tensor: tf.Tensor) -> None:
+    """Refuses what a program has captured from another program.
+
+    A `tf.function` that is called in a replica captures what belongs to its program, such as a
+    rank's coordinate, and TensorFlow does not trace it again for the next program.
+    """
+    graph = tf.compat.v1.get_default_graph()
+    while graph is not None and tensor.graph is not graph:
+        graph = getattr(graph, "outer_graph", None)
+    if graph is None:
+        raise ValueError(
+            "A tf.function that communicates, or reads a variable that is cut over the mesh, was "
+            "called in two programs, such as a train step and a test step. Leave out its "
+            f"@tf.function: whatever strategy.run or fit calls is traced anyway. Received: {tensor}"
+            f" of {tensor.graph.name}."
+        )
+
+
+def _check_not_shared(concrete: Any) -> None:
+    """Refuses a program that changes what all devices share.
+
+    TensorFlow lets one device change it after the other, while each waits in a collective for the
+    others: for ever.
+    """
+    for tensor in _internal.written_captures(concrete):
+        if _internal.captured_container(tensor) is None:
+            owners = [v.name for v in concrete.graph.variables if v.handle is tensor]
+            name = owners[0] if owners else "an iterator, a table, a summary writer or the like"
+            raise ValueError(
+                f"The replica function changes {name}, which was made outside the strategy's scope "
+                "and is one for all devices. Make a variable inside `with strategy.scope():`; "
+                "use what is no variable outside of strategy.run."
+            )
+
+
+def _or_lent(x: tf.Tensor, row: tf.Tensor) -> tf.Tensor:
+    """`x`, or the row that is lent where it has none."""
+    if x.shape[0] is not None:
+        return x if x.shape[0] else row
+    return tf.cond(tf.shape(x)[0] > 0, lambda: x, lambda: row)
+
+
+def _own_rows(result: Any) -> Any:
+    return batch.own_rows(result) if isinstance(result, tf.Tensor) else result
+
+
+def _without_gradient(result: Any) -> Any:
+    """The same value, of which a gradient is refused: it would be one rank's, and of its own part.
+
+    Each rank has a variable of its own, and the caller's tape knows the first rank's.
+    """
+    if not (tf.is_tensor(result) and (result.dtype.is_floating or result.dtype.is_complex)):
+        return result
+    return tf.raw_ops.PreventGradient(
+        input=result,
+        message="It was asked for outside of strategy.run. Use the GradientTape inside of the "
+        "function that strategy.run calls.",
+    )
+
+
+def _common_spec(values: tuple[tf.Tensor, ...]) -> tf.TensorSpec:
+    """The narrowest spec that all ranks' tensors fit: rows of an uneven batch differ in number."""
+    shape = values[0].shape
+    for value in values[1:]:
+        shape = shape.most_specific_compatible_shape(value.shape)
+    return tf.TensorSpec(shape, values[0].dtype)

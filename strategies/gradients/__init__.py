@@ -1,0 +1,1 @@
+"""Summing gradients over the mesh."""

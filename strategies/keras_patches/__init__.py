@@ -1,0 +1,1 @@
+"""What is patched in Keras, and when."""

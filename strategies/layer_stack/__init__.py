@@ -1,0 +1,1 @@
+"""Transformer blocks: FSDP prefetch and rematerialisation."""
