@@ -1,4 +1,8 @@
-"""Communication along named mesh axes, each function with its gradient."""
+"""Communication along named mesh axes, each function with its gradient.
+
+The functions run in a replica's program, inside ``strategy.run`` of a mesh strategy; their maths
+and groups are described in `llmos_tf.collectives.functions`. `traffic` reports what a step sends.
+"""
 
 from llmos_tf.collectives.functions import (
     all_gather,

@@ -15,24 +15,7 @@ from collections.abc import Callable
 import tensorflow as tf
 
 from llmos_tf.collectives.group_ops import Axes, Group
-from llmos_tf.collectives.traffic_report import traffic
 from llmos_tf.spmd.program import require_program
-
-__all__ = [
-    "all_gather",
-    "all_reduce",
-    "all_to_all",
-    "axis_index",
-    "axis_size",
-    "broadcast",
-    "copy_to_axis",
-    "gather_from_axis",
-    "permute",
-    "reduce_from_axis",
-    "reduce_scatter",
-    "split_to_axis",
-    "traffic",
-]
 
 _MERGE_OPS = {"sum": "Add", "max": "Max", "min": "Min"}
 
