@@ -7,7 +7,7 @@ without it: what is computed again changes no number.
 import keras
 from keras import layers
 
-from equivalence.columns import ANY_MODEL, PAIR_MODEL
+from equivalence.columns import ANY_MODEL, PAIR_MODEL, PIPE
 from equivalence.data import LABELS, NUMBERS, PADDED, TARGETS, fit, mlp
 from equivalence.features import Feature, parity
 
@@ -94,7 +94,14 @@ WORDS, PLAIN, KEPT = of_words(), of_numbers(), branches(False)
 
 FEATURES = [
     row("`jit_compile=True`", of_numbers(jit=True), PLAIN),
-    row("`jit_compile=True`, masks and attention", of_words(jit=True), WORDS, ANY_MODEL),
+    row(
+        "`jit_compile=True`, masks and attention",
+        of_words(jit=True),
+        WORDS,
+        ANY_MODEL,
+        # XLA compiles for each device: four take three times as long.
+        every_change=("data=2", PIPE),
+    ),
     row('`RematScope("full")`', of_numbers(mode="full"), PLAIN),
     row('`RematScope("full")`, masks and attention', of_words(scope="full"), WORDS, ANY_MODEL),
     row('`RematScope("activations")`', of_numbers(mode="activations"), PLAIN),

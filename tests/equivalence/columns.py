@@ -88,10 +88,10 @@ COLUMNS = (
 )
 TITLES = tuple(column.title for column in COLUMNS)
 
-# Of every feature a change runs this column, in which both the batch and the parameters are split;
-# of every second one also one of the others, in turn. The rest is nightly.
+# Every change runs two columns of each feature: this one, in which both the batch and the
+# parameters are split, and one of the others in turn. The rest is nightly.
 ALWAYS = "data=2,fsdp=2"
-# Of a few features every change runs this column too.
+# Only of features whose model has layers for two stages.
 PIPE = "pipe=2"
 # What needs no model of `data.mlp`.
 ANY_MODEL = ("data=2", "data=4", "ZeRO 1", "ZeRO 2", "ZeRO 3", ALWAYS)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import keras
 import numpy as np
 import tensorflow as tf
+from references import build_optimizer
 
 from equivalence.columns import ALWAYS, PAIR_MODEL, PIPE, Column
 
@@ -44,6 +45,7 @@ class Feature:
         in_stages: whether the model has layers for two stages and none that sees the whole batch.
         tolerance: how far weights may differ.
         note: what a reader of the document has to know.
+        every_change: strategies that every change runs, instead of those of `cells_of`.
     """
 
     title: str
@@ -52,6 +54,7 @@ class Feature:
     in_stages: bool = True
     tolerance: Tolerance = FLOAT64
     note: str = ""
+    every_change: tuple[str, ...] = ()
 
 
 class Cell(NamedTuple):
@@ -63,18 +66,19 @@ class Cell(NamedTuple):
 
 
 def cells_of(features: list[Feature]) -> list[Cell]:
-    """Returns all cells; of each feature, some are run for every change: see `columns.ALWAYS`."""
+    """Returns all cells; of each feature, two are run for every change: see `columns.ALWAYS`."""
     cells = []
     for number, feature in enumerate(features):
-        others = [title for title in feature.columns if title != ALWAYS]
-        usual = {ALWAYS}
-        if number % 2 == 0:
-            usual.add(others[number // 2 % len(others)])
-        if number % 6 == 1:
-            usual.add(PIPE)
         titles = (*feature.columns, PIPE) if feature.in_stages else feature.columns
+        others = [title for title in titles if title != ALWAYS]
+        # In strides, so that themes of a few features have the later columns too.
+        usual = feature.every_change or {ALWAYS, others[_STRIDE * number % len(others)]}
         cells += [Cell(feature, title, title not in usual) for title in titles]
     return cells
+
+
+# Shares no divisor with the numbers of other columns, 5 to 7.
+_STRIDE = 11
 
 
 def parity(
@@ -103,6 +107,8 @@ def run(script: Script, strategy: tf.distribute.Strategy | None = None) -> dict:
     keras.utils.set_random_seed(0)
     with strategy.scope() if strategy is not None else contextlib.nullcontext():
         model, work = script()
+    if strategy is None:
+        build_optimizer(model)
     results = work()
     return results if "weights" in results else {**results, "weights": model.get_weights()}
 

@@ -9,6 +9,8 @@ from equivalence.document import all_cells, figure, name_of, read, render
 
 # Of a train_step that does not call Keras's: right on a pipe mesh, and said to be slow.
 @pytest.mark.filterwarnings("ignore:The train_step of .* is no pipeline")
+# Of a model whose layers all communicate, as the two of `data.mlp` on a tensor axis.
+@pytest.mark.filterwarnings("ignore:jit_compile=True has no effect on the model")
 @pytest.mark.parametrize(
     "cell",
     [

@@ -2,7 +2,7 @@
 
 docs/compression.md and its picture are written by
 
-    WRITE_COMPRESSION=1 python3 -m pytest -n 0 -m '' tests/integration/test_compression.py
+    WRITE_COMPRESSION=1 python3 -m pytest -m '' tests/integration/test_compression.py
 """
 
 import functools
@@ -84,7 +84,7 @@ def test_write_document():
 {LENGTH} bytes of Python's standard library, the same seeds and batches. Written by
 
 ```
-WRITE_COMPRESSION=1 python3 -m pytest -n 0 -m '' tests/integration/test_compression.py
+WRITE_COMPRESSION=1 python3 -m pytest -m '' tests/integration/test_compression.py
 ```
 
 | `gradient_compression` | bytes a rank sends in a step | mean of the last {WINDOW} losses \

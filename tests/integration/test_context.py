@@ -12,6 +12,8 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from lanes import usual
+from references import shared
 
 from llmos_tf import Mesh
 from llmos_tf.inference import generate
@@ -83,27 +85,23 @@ def build(model, metrics=None):
     return made
 
 
-@functools.cache
+@shared
 def one_device(model):
-    return train(lambda: build(model), list(zip(*batches()[:3], strict=True)))
+    rows = list(zip(*batches()[:3], strict=True))
+    return train(lambda: build(model), rows)._replace(model=None)
 
 
-# Longer than the others, and of combinations that those have one by one.
-NIGHTLY = {
-    ("gpt", "data2-context2-ulysses"),
-    ("llama", "data2-context2-ring"),
-    ("gpt", "fsdp2-context2-tensor2-ring"),
-    ("llama", "fsdp2-context2-tensor2-ulysses"),
-    ("gpt", "fsdp2-context2-tensor2-ulysses-sp"),
-    ("llama", "fsdp2-context2-tensor2-ulysses-sp"),
-    ("llama", "fsdp2-context2-tensor2-ring-sp"),
-    ("llama", "expert2"),
-    ("llama", "expert2-context2-ring"),
-}
-CASES = [
-    pytest.param(*case, marks=pytest.mark.nightly if case in NIGHTLY else ())
-    for case in itertools.product(MODELS, MESHES)
-]
+# Each way to attend on two meshes, with each model, and beside every other axis.
+CASES = usual(
+    itertools.product(MODELS, MESHES),
+    ("gpt", "context2-ring"),
+    ("gpt", "context4-ulysses"),
+    ("gpt", "data2-context2-ring"),
+    ("gpt", "fsdp2-context2-tensor2-ring-sp"),
+    ("gpt", "expert2-context2-ring"),
+    ("llama", "context2-ulysses"),
+    ("llama", "context4-ring"),
+)
 
 
 @pytest.mark.parametrize(("model", "mesh"), CASES)
@@ -282,7 +280,7 @@ def kept_of(length, strategy, **sizes):
     return found[0]
 
 
-@pytest.mark.parametrize("method", ["ring", "ulysses"])
+@pytest.mark.parametrize("method", usual(["ring", "ulysses"], "ring"))
 def test_what_a_device_keeps_falls_with_the_axis(method):
     """Fails if a rank keeps keys of other ranks, or a matrix of scores, for the backward pass."""
     length = 4096

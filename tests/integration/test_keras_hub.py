@@ -8,7 +8,6 @@ one row, fewer than a mesh has ways to split the batch.
 """
 
 import contextlib
-import functools
 import re
 import sys
 
@@ -16,7 +15,8 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from in_turn import in_turn
+from lanes import in_turn, usual
+from references import shared
 
 from llmos_tf import Mesh
 from llmos_tf.strategies import MeshStrategy
@@ -118,7 +118,7 @@ def run(family, seed=0, even=True, rank=0, strategy=None):
     return model, results, np.asarray(written["token_ids"])
 
 
-@functools.cache
+@shared
 def one_device(family, seed, even, rank):
     return run(family, seed, even, rank)[1:]
 
@@ -182,7 +182,7 @@ def test_pipeline(float64, family, mesh, rank):
     assert {(0,), (1,)} <= {variable.value.layout.stages for variable in model.weights}
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma"])
+@pytest.mark.parametrize("family", usual(["llama", "gemma"], "llama"))
 def test_a_familys_own_layout_map(float64, family):
     """Fails if the layout map of KerasHub, written as its documentation says, is refused, or if its
     axes "batch" and "model" are not understood."""
@@ -192,7 +192,7 @@ def test_a_familys_own_layout_map(float64, family):
     assert cut_over_tensor(model) == kernels | {"token_embedding/embeddings"}
 
 
-@families
+@pytest.mark.parametrize("family", usual(FAMILIES, "gpt2", "gemma"))
 def test_lora(float64, family):
     """Fails if a layer with adapters multiplies with a slice of its kernel, if the frozen weights
     move, or if the adapters' gradients are not summed over the mesh."""

@@ -17,7 +17,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from in_turn import in_turn
+from lanes import in_turn
 
 from llmos_tf import Mesh
 from llmos_tf.models import GPT, GPTConfig

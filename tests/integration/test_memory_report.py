@@ -343,12 +343,8 @@ def measure(case):
     print(json.dumps({"rows": rows, "grown": grown}))
 
 
-def _marks(case):
-    return [] if case == "one" else [pytest.mark.nightly]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", [pytest.param(name, marks=_marks(name)) for name in MEASURED])
+@pytest.mark.nightly
+@pytest.mark.parametrize("case", MEASURED)
 def test_report_is_what_the_process_has(case):
     """Fails if a kind of memory is left out, counted twice, or not counted while it is there."""
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}

@@ -10,6 +10,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from references import shared
 
 from llmos_tf import Mesh
 from llmos_tf.layers import TokenCrossEntropy
@@ -25,7 +26,6 @@ SCHEDULES = {"gpipe": {}, "1f1b": {}, "interleaved": {"num_chunks": 2}, "zb-h1":
 # (schedule, stages, microbatches) that run with every change; the others are nightly.
 USUAL = {
     ("gpipe", 2, 4),
-    ("1f1b", 2, 8),
     ("1f1b", 4, 4),
     ("interleaved", 2, 4),
     ("zb-h1", 4, 8),
@@ -44,12 +44,16 @@ MATRIX = [
     for microbatches in (4, 8)
 ]
 PRODUCTS = {
-    "pipe2-data2-zero1": (Mesh(pipe=2, data=2), {"zero_stage": 1}),
     "pipe2-fsdp2-zb-v": (Mesh(pipe=2, fsdp=2), {"schedule": "zb-v"}),
-    "pipe2-data2-tensor2": (Mesh(pipe=2, data=2, tensor=2), {}),
-    "pipe2-fsdp2-context2": (Mesh(pipe=2, fsdp=2, context=2), {}),
+    "pipe2-data2-tensor2-interleaved": (
+        Mesh(pipe=2, data=2, tensor=2),
+        {"schedule": "interleaved", "num_chunks": 2},
+    ),
 }
 NIGHTLY_PRODUCTS = {
+    "pipe2-data2-tensor2": (Mesh(pipe=2, data=2, tensor=2), {}),
+    "pipe2-data2-zero1": (Mesh(pipe=2, data=2), {"zero_stage": 1}),
+    "pipe2-fsdp2-context2": (Mesh(pipe=2, fsdp=2, context=2), {}),
     "pipe2-tensor2-sp": (Mesh(pipe=2, tensor=2), {"sequence_parallel": True}),
     "pipe2-fsdp2-tensor2": (Mesh(pipe=2, fsdp=2, tensor=2), {"schedule": "zb-h1"}),
     "pipe2-data2-fsdp2": (Mesh(pipe=2, data=2, fsdp=2), {}),
@@ -88,13 +92,21 @@ def build(num_layers=4):
     return model
 
 
-@functools.cache
+@shared
 def one_device(num_layers=4):
-    return train(functools.partial(build, num_layers), batches())
+    """What training leaves, and what the model then predicts and says of the first batch."""
+    result = train(functools.partial(build, num_layers), batches())
+    return result._replace(model=None), outputs_of(result.model)
+
+
+def outputs_of(model):
+    x, y, weights = batches()[0]
+    prediction = model.predict(x, verbose=0)
+    return prediction, model.evaluate(x, y, sample_weight=weights, verbose=0)
 
 
 def check(strategy, num_layers=4):
-    reference = one_device(num_layers)
+    reference, _ = one_device(num_layers)
     result = train(functools.partial(build, num_layers), batches(), strategy)
     assert max_difference(reference, result) <= TOLERANCE
     np.testing.assert_allclose(result.losses, reference.losses, atol=TOLERANCE, rtol=0)
@@ -141,13 +153,9 @@ def test_a_stage_holds_its_own_weights_and_nothing_else(float64):
     assert states
     assert {state.layout.stages for state in states.values()} == {(0,)}
 
-    reference = one_device().model
-    x, y, weights = batches()[0]
-    np.testing.assert_allclose(
-        model.predict(x, verbose=0), reference.predict(x, verbose=0), atol=TOLERANCE
-    )
-    evaluated = [m.evaluate(x, y, sample_weight=weights, verbose=0) for m in (model, reference)]
-    np.testing.assert_allclose(*evaluated, atol=TOLERANCE)
+    _, expected = one_device()
+    for one, other in zip(outputs_of(model), expected, strict=True):
+        np.testing.assert_allclose(one, other, atol=TOLERANCE)
 
 
 def test_program_does_not_grow_with_microbatches(float64):

@@ -37,7 +37,7 @@ def peak_bytes(schedule: str) -> int:
     return peak_resident_bytes() - before
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_1f1b_keeps_less_than_gpipe():
     """Fails if a stage takes its passes in another order than the schedule's, such as all forward
     passes as soon as their inputs are there, or if what a pass keeps is not freed after it."""

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers
+from lanes import usual
 
 from llmos_tf import Mesh, memory
 from llmos_tf.checkpoint import restore_checkpoint, save_checkpoint
@@ -115,7 +116,7 @@ def test_normalization_is_by_microbatch(float64):
         np.testing.assert_allclose(norm.moving_variance.numpy(), expected, atol=1e-9)
 
 
-@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+@pytest.mark.parametrize("policy", usual(["mixed_float16", "mixed_bfloat16"], "mixed_float16"))
 def test_mixed_precision(policy):
     """Fails if what crosses a cut loses its type, or a loss that is scaled is not unscaled."""
     keras.config.set_dtype_policy(policy)
@@ -145,7 +146,9 @@ def test_on_batch(float64):
     assert_same_weights(one, other)
 
 
-@pytest.mark.parametrize("mesh", [Mesh(pipe=2), Mesh(pipe=2, data=2)], ids=str)
+@pytest.mark.parametrize(
+    "mesh", [pytest.param(Mesh(pipe=2), marks=pytest.mark.nightly), Mesh(pipe=2, data=2)], ids=str
+)
 def test_train_step_of_a_custom_loop(float64, mesh):
     """Fails if the step runs the whole model on each stage, forgets a regularizer, or counts the
     rows of uneven microbatches wrongly."""
@@ -290,6 +293,7 @@ def _by_stage(variables):
     return [[v for v, s in zip(variables, stages, strict=True) if i in s] for i in range(2)]
 
 
+@pytest.mark.nightly
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="KerasHub 0.32 needs Python 3.11.")
 def test_keras_hub(float64):
     """Fails if a task around a backbone is cut elsewhere than the backbone, or cannot write."""

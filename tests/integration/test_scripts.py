@@ -13,6 +13,8 @@ from safetensors.numpy import load_file
 
 from llmos_tf.scripts import evaluate, generate, train
 
+pytestmark = pytest.mark.graph_optimizer
+
 # Eight virtual devices are there for all tests; a program may use fewer.
 COMMON = ("--virtual_devices=8",)
 SMALL = (*COMMON, "--mesh=data=2,tensor=2", "--global_batch=4", "--seq_len=16", "--save_every=3")
@@ -234,7 +236,6 @@ def test_help_is_enough_to_start(module, run_program):
     assert max(map(len, done.out.splitlines())) <= 100
 
 
-@pytest.mark.slow
 def test_a_signal_saves_and_ends(text, tmp_path):
     """Fails if SIGTERM kills the run, loses a step, or ends it with an error."""
     workdir = tmp_path / "run"

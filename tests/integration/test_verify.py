@@ -10,9 +10,9 @@ import tensorflow as tf
 from llmos_tf.collectives import batch
 from llmos_tf.scripts import verify
 from llmos_tf.sharding import Layout, SeedVariable
-from llmos_tf.strategies.engine import variable_creation as variable_making
-from llmos_tf.strategies.gradients import sync as gradients
-from llmos_tf.strategies.keras_patches import while_tracing as keras_hooks
+from llmos_tf.strategies.engine import variable_creation
+from llmos_tf.strategies.gradients import sync
+from llmos_tf.strategies.keras_patches import while_tracing
 
 # A module as a user writes it. Batches are uneven, and both inputs and weights are there.
 SOURCE = """
@@ -182,9 +182,7 @@ def test_a_model_that_agrees(program, tmp_path):
 
 
 def no_reduce(patch):
-    patch.setattr(
-        gradients, "_reduce", lambda program, reduction, tensors, variables: list(tensors)
-    )
+    patch.setattr(sync, "_reduce", lambda program, reduction, tensors, variables: list(tensors))
 
 
 def shared_masks(patch):
@@ -192,14 +190,14 @@ def shared_masks(patch):
 
 
 def made_whole(patch):
-    original = variable_making._layouts
+    original = variable_creation._layouts
 
     def layouts(extended, path, shape, kwargs, beside):
         if path == "hidden/kernel":
             return (Layout((None, None)),) * 2
         return original(extended, path, shape, kwargs, beside)
 
-    patch.setattr(variable_making, "_layouts", layouts)
+    patch.setattr(variable_creation, "_layouts", layouts)
 
 
 def mean_of_means(patch):
@@ -207,7 +205,7 @@ def mean_of_means(patch):
         ways = tf.distribute.get_strategy().num_replicas_in_sync
         return batch.total(tf.reduce_mean(values) / ways)
 
-    patch.setattr(keras_hooks, "reduce_values", reduce_values)
+    patch.setattr(while_tracing, "reduce_values", reduce_values)
 
 
 FAULTS = {

@@ -1,6 +1,6 @@
 """One of two processes under `MultiWorkerMeshStrategy`; `test_two_processes.py` starts it.
 
-    TF_CONFIG=... python strategy_worker.py FOLDER
+    TF_CONFIG=... python strategy_worker.py FOLDER [CHECK ...]
 
 Both run the same stock Keras scripts, the functions named check_*, and compare what each of them
 sees with one device, which is what Keras trains on without a strategy.
@@ -16,6 +16,7 @@ import json
 import random
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import keras
@@ -298,16 +299,17 @@ def check_a_mesh_of_another_size():
 CHECKS = {name: value for name, value in globals().items() if name.startswith("check_")}
 
 
-def main():
+def main(names):
     devices.configure_virtual_cpus(2)
     keras.config.set_floatx("float64")
     keras.config.set_dtype_policy("float64")
-    for name, check in CHECKS.items():
-        check()
-        print("passed", name, flush=True)
+    for name in names or CHECKS:
+        started = time.monotonic()
+        CHECKS[name]()
+        print(f"passed {name}\n{time.monotonic() - started:.1f} s", flush=True)
 
 
 if __name__ == "__main__":
     # Shows where a process waits for another that does not come, before it is killed.
     faulthandler.dump_traceback_later(900, exit=True)
-    main()
+    main(sys.argv[2:])

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import pytest
+from lanes import usual
 
 ROOT = Path(__file__).resolve().parents[2]
 # What spans processes, and a strategy's stock Keras scripts.
@@ -27,7 +28,15 @@ NUM_PROCESSES = 2
 TIME_LIMIT = 920
 PORT_TAKEN = ("Could not start gRPC server", "cannot listen at its address")
 
-pytestmark = pytest.mark.slow
+# What one of the other checks covers on a mesh that has the same axes across processes.
+NIGHTLY = {
+    ("strategy_worker.py", "check_fit_data"),
+    ("strategy_worker.py", "check_fit_data_tensor"),
+    ("strategy_worker.py", "check_fit_fsdp"),
+    ("strategy_worker.py", "check_fit_pipe_inside"),
+    ("strategy_worker.py", "check_fit_pipe_tensor"),
+    ("worker.py", "check_fit_tensor_across"),
+}
 
 
 def checks():
@@ -50,7 +59,7 @@ def free_ports(count):
         return [one.getsockname()[1] for one in sockets]
 
 
-def start(worker, task, ports, folder, log):
+def start(worker, checks, task, ports, folder, log):
     environment = {k: v for k, v in os.environ.items() if k != "TF_CONFIG"}
     environment["PYTHONPATH"] = str(ROOT)
     # They talk to each other and not by way of a proxy.
@@ -61,11 +70,11 @@ def start(worker, task, ports, folder, log):
         config = {"cluster": cluster, "task": {"type": "worker", "index": task}}
         environment["TF_CONFIG"] = json.dumps(config)
         arguments = [str(folder)]
-    command = [sys.executable, str(Path(__file__).with_name(worker)), *arguments]
+    command = [sys.executable, str(Path(__file__).with_name(worker)), *arguments, *checks]
     return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
 
 
-def run_workers(worker, folder):
+def run_workers(worker, checks, folder):
     """Runs both to their end, or until one fails or time is up; returns what each has printed.
 
     One that fails leaves the other waiting for it, so then both are killed.
@@ -74,7 +83,7 @@ def run_workers(worker, folder):
     paths = [folder / f"worker_{task}.log" for task in range(NUM_PROCESSES)]
     with contextlib.ExitStack() as stack:
         logs = [stack.enter_context(path.open("wb")) for path in paths]
-        workers = [start(worker, task, ports, folder, log) for task, log in enumerate(logs)]
+        workers = [start(worker, checks, task, ports, folder, log) for task, log in enumerate(logs)]
         deadline = time.monotonic() + TIME_LIMIT
         try:
             while time.monotonic() < deadline:
@@ -93,10 +102,10 @@ def run_workers(worker, folder):
     ]
 
 
-def run_with_free_ports(worker, tmp_path_factory):
+def run_with_free_ports(worker, checks, tmp_path_factory):
     """As `run_workers`, and again where another process has taken a port in between."""
     for _ in range(3):
-        printed = run_workers(worker, tmp_path_factory.mktemp("workers"))
+        printed = run_workers(worker, checks, tmp_path_factory.mktemp("workers"))
         if not any(taken in text for text in printed for taken in PORT_TAKEN):
             break
     return printed
@@ -109,20 +118,25 @@ def outputs_of(tmp_path_factory, worker_id):
     shared = own if worker_id == "master" else own.parent
 
     @functools.cache
-    def run(worker):
-        printed = shared / f"{worker}.json"
-        with (shared / f"{worker}.lock").open("w") as lock:
+    def run(worker, nightly):
+        printed = shared / f"{worker}-{nightly}.json"
+        names = [name for other, name in checks() if other == worker]
+        names = [name for name in names if ((worker, name) in NIGHTLY) == nightly]
+        with (shared / f"{printed.name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not printed.exists():
-                printed.write_text(json.dumps(run_with_free_ports(worker, tmp_path_factory)))
+                found = run_with_free_ports(worker, names, tmp_path_factory)
+                printed.write_text(json.dumps(found))
             return json.loads(printed.read_text())
 
     return run
 
 
-@pytest.mark.parametrize(("worker", "check"), checks())
+@pytest.mark.parametrize(
+    ("worker", "check"), usual(checks(), *(c for c in checks() if c not in NIGHTLY))
+)
 def test_two_processes(outputs_of, worker, check):
     """Catches what each check of the worker says: see there."""
-    outputs = outputs_of(worker)
+    outputs = outputs_of(worker, (worker, check) in NIGHTLY)
     for text in outputs:
         assert f"passed {check}\n" in text, "\n".join(outputs)

@@ -1,6 +1,9 @@
 """The committed table of equivalence is that of the tests."""
 
+import pytest
 from equivalence import document
+
+pytestmark = pytest.mark.fast
 
 
 def test_the_document_lists_the_cells_of_the_tests():

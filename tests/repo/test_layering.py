@@ -8,6 +8,8 @@ import pytest
 from repo import folder_graph
 from repo.folder_graph import imports, packages_of, read_modules, room
 
+pytestmark = pytest.mark.fast
+
 ROOT = Path(__file__).resolve().parents[2]
 
 # One rank per folder, and per public module of `llmos_tf/`. A file imports only from its own rank

@@ -16,6 +16,8 @@ import pytest
 
 import llmos_tf
 
+pytestmark = pytest.mark.fast
+
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = {
     "llmos_tf": "llmos_tf",
@@ -135,9 +137,9 @@ def test_ci_does_what_the_readme_says():
     install = "python3 -m pip install -e '.[test]'"
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
-    assert f"{install} && python3 -m pytest\n" in readme
+    assert f"{install} && python3 -m pytest -n 2\n" in readme
     assert install in ci
-    assert "python3 -m pytest" in ci
+    assert "python3 -m pytest -n 2" in ci
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
 
 
@@ -178,7 +180,6 @@ def test_oldest_python():
     assert problems == []
 
 
-@pytest.mark.slow
 def test_wheel(tmp_path):
     # Fails when a file is missing from the wheel, one lands outside llmos_tf, or the package works
     # only inside a checkout.

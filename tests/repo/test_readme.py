@@ -15,7 +15,6 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]
 
 
-@pytest.mark.slow
 def test_the_example_trains_the_same_weights(tmp_path):
     """Fails if the first example of the README does not run, or its weights differ by more than
     float32 rounding."""
@@ -29,7 +28,6 @@ def test_the_example_trains_the_same_weights(tmp_path):
     assert float(done.stdout.split()[-1]) < 1e-6
 
 
-@pytest.mark.slow
 def test_the_verification_runs_as_it_is_pasted(tmp_path):
     """Fails if the block of the README does not run in an empty folder, or prints another table."""
     blocks = re.findall(r"^```\w*\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
@@ -49,6 +47,7 @@ def test_the_verification_runs_as_it_is_pasted(tmp_path):
     assert "All agree." in done.stdout
 
 
+@pytest.mark.fast
 def test_the_programs_and_flags_exist():
     """Fails for a command that was renamed, or a flag that is not there any more."""
     found = re.findall(r"llmos-(\w+)((?: +--?[\w=,.:\'*/]+)*)", README)
@@ -65,6 +64,7 @@ def test_the_programs_and_flags_exist():
             assert flag in FLAGS or flag == "help", flag
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
     """Fails for a link to a file that was moved."""

@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from llmos_tf import config as config_module
 from llmos_tf.config import GPTConfig, LlamaConfig, MixtralConfig, ModelConfig
 
+pytestmark = pytest.mark.fast
+
 GPT = GPTConfig(vocab_size=11, max_positions=6, hidden_size=8, num_heads=2, num_layers=3)
 LLAMA = LlamaConfig(
     vocab_size=11,

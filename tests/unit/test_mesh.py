@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from llmos_tf import mesh as mesh_module
 from llmos_tf.mesh import AXES, BATCH_AXES, Mesh
 
+pytestmark = pytest.mark.fast
+
 SIZES = st.fixed_dictionaries({axis: st.integers(1, 4) for axis in AXES}).filter(
     lambda sizes: math.prod(sizes.values()) <= 96
 )

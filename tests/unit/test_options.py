@@ -5,6 +5,8 @@ import pytest
 from llmos_tf import Mesh
 from llmos_tf.strategies import MeshStrategy
 
+pytestmark = pytest.mark.fast
+
 PIPE4 = Mesh(pipe=4)
 
 

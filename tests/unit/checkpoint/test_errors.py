@@ -13,6 +13,8 @@ from llmos_tf.config import GPTConfig
 from llmos_tf.models import GPT, Llama, LlamaConfig
 from llmos_tf.strategies import MeshStrategy
 
+pytestmark = pytest.mark.fast
+
 GPT_CONFIG = GPTConfig(vocab_size=9, max_positions=4, hidden_size=8, num_heads=2, num_layers=1)
 LLAMA_CONFIG = LlamaConfig(
     vocab_size=9, max_positions=4, hidden_size=8, num_heads=2, num_layers=1, feed_forward_size=8

@@ -10,6 +10,8 @@ import pytest
 
 from llmos_tf.checkpoint import folders, latest_checkpoint, restore_checkpoint, save_checkpoint
 
+pytestmark = pytest.mark.fast
+
 
 def make_model(value=0.0):
     model = keras.Sequential([keras.Input([2]), keras.layers.Dense(3), keras.layers.Dense(1)])

@@ -12,6 +12,8 @@ from llmos_tf.checkpoint.names import (
 )
 from llmos_tf.models import GPT, GPTConfig
 
+pytestmark = pytest.mark.fast
+
 
 class Nested(keras.Model):
     """Layers with and without names, a model in the model, and a variable without a name."""

@@ -13,6 +13,8 @@ from safetensors.numpy import load_file, save_file
 
 from llmos_tf.checkpoint.tensor_files import check_dtypes, read_tensors, write_tensors
 
+pytestmark = pytest.mark.fast
+
 FLOATS = ("float64", "float32", "float16", "bfloat16")
 INTEGERS = ("int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8")
 

@@ -13,6 +13,8 @@ from llmos_tf.data.baselines import bigram_bits_per_byte, bits_per_byte, count_b
 from llmos_tf.data.packing import pack_documents
 from llmos_tf.data.tokenizers import ByteTokenizer
 
+pytestmark = pytest.mark.fast
+
 TEXTS = st.lists(st.text("abé", min_size=1, max_size=8), min_size=1, max_size=4)
 
 

@@ -8,6 +8,8 @@ import pytest
 from llmos_tf.data import corpora
 from llmos_tf.data.corpora import Corpus, load_corpus
 
+pytestmark = pytest.mark.fast
+
 
 def write(folder, **contents):
     """Writes files whose names have `_` for the dot."""

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from llmos_tf.data.iterator import BatchIterator
 from llmos_tf.data.packing import PackedTokens
 
+pytestmark = pytest.mark.fast
+
 LENGTH = 2
 
 

@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 
 from llmos_tf.data.packing import PackedTokens, pack_documents
 
+pytestmark = pytest.mark.fast
+
 END = 99
 DOCUMENTS = st.lists(st.lists(st.integers(0, 98), max_size=7), min_size=1, max_size=6).filter(any)
 LENGTHS = st.integers(1, 9)

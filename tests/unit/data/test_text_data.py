@@ -9,6 +9,8 @@ import pytest
 import llmos_tf.data
 from llmos_tf.data import BatchIterator, ByteTokenizer, bigram_bits_per_byte, load_text_data
 
+pytestmark = pytest.mark.fast
+
 PACKAGE = pathlib.Path(llmos_tf.data.__file__).parent.parent
 
 

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from llmos_tf.data.tokenizers import ByteTokenizer, FileTokenizer, Tokenizer, load_tokenizer
 
+pytestmark = pytest.mark.fast
+
 VALID_TEXT = st.text(st.characters(exclude_categories=("Cs",)))
 
 

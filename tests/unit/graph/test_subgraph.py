@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 
 from llmos_tf.graph.subgraph import GraphCuts
 
+pytestmark = pytest.mark.fast
+
 # Op on two earlier values.
 BINARY = (tf.add, tf.subtract, tf.multiply, lambda x, y: tf.tanh(x) - y, lambda x, y: x)
 

@@ -3,10 +3,13 @@
 import math
 
 import numpy as np
+import pytest
 import tensorflow as tf
 
 from llmos_tf.inference import SamplingConfig, sample
 from llmos_tf.inference.sampling import SamplingValues
+
+pytestmark = pytest.mark.fast
 
 ROWS = 20_000
 DTYPES = (tf.float16, tf.bfloat16, tf.float32, tf.float64)

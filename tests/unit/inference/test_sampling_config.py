@@ -8,6 +8,8 @@ import pytest
 
 from llmos_tf.inference import SamplingConfig
 
+pytestmark = pytest.mark.fast
+
 # Field, wrong value, and words of the answer.
 WRONG = [
     ("temperature", -0.1, "positive number"),

@@ -10,6 +10,8 @@ from llmos_tf.layers.activation_sharding import Stream, current_stream, entered,
 from llmos_tf.spmd.program import current_program
 from llmos_tf.strategies import MeshStrategy
 
+pytestmark = pytest.mark.fast
+
 ALL = ("data", "fsdp", "expert", "context", "tensor")
 
 

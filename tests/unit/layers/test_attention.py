@@ -9,6 +9,8 @@ import tensorflow as tf
 from llmos_tf.layers import SelfAttention, rotate
 from llmos_tf.layers import attention as attention_module
 
+pytestmark = pytest.mark.fast
+
 ROWS, LENGTH, WIDTH, HEADS, SIZE = 2, 6, 10, 4, 6
 
 

@@ -13,6 +13,8 @@ from llmos_tf.layers import online_softmax
 from llmos_tf.layers.blockwise_attention import blockwise_attention, plain_attention
 from llmos_tf.layers.masks import Mask, WeightDropout
 
+pytestmark = pytest.mark.fast
+
 TOLERANCE = 1e-11
 
 

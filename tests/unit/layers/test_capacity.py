@@ -14,6 +14,8 @@ from llmos_tf.layers.capacity import within_capacity
 from llmos_tf.spmd.program import current_program
 from llmos_tf.strategies import MeshStrategy
 
+pytestmark = pytest.mark.fast
+
 EXPERTS, FACTOR = 4, 0.75
 
 

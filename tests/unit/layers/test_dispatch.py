@@ -11,6 +11,8 @@ from llmos_tf.layers.dispatch import apply_at_owners, apply_grouped
 from llmos_tf.spmd.program import current_program
 from llmos_tf.strategies import MeshStrategy
 
+pytestmark = pytest.mark.fast
+
 WIDTH, EXPERTS = 3, 4
 # Products of small float64 numbers: a row by the wrong kernel is off by far more.
 EXACT = {"rtol": 0, "atol": 1e-12}

@@ -8,6 +8,8 @@ from llmos_tf import Mesh, collectives
 from llmos_tf.layers import Dropout
 from llmos_tf.strategies import MeshStrategy
 
+pytestmark = pytest.mark.fast
+
 RATE, SHAPE = 0.3, (40, 50)
 
 

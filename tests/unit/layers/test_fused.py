@@ -13,6 +13,8 @@ from llmos_tf.graph import fusion
 from llmos_tf.layers import TokenCrossEntropy
 from llmos_tf.layers.fused import gelu, layer_norm, rms_norm
 
+pytestmark = pytest.mark.fast
+
 
 @pytest.fixture(params=["compiled", "op by op"])
 def size_to_compile(request, monkeypatch):

@@ -1,9 +1,12 @@
 """Cross-entropy of tokens on one device. On vocabulary-parallel logits: `test_parallel.py`."""
 
 import numpy as np
+import pytest
 import tensorflow as tf
 
 from llmos_tf.layers import TokenCrossEntropy
+
+pytestmark = pytest.mark.fast
 
 
 def test_the_loss_is_averaged_by_token_weight(float64):

@@ -6,6 +6,8 @@ import tensorflow as tf
 
 from llmos_tf.layers.matrix_products import product, product_by_rows
 
+pytestmark = pytest.mark.fast
+
 
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
 @pytest.mark.parametrize(

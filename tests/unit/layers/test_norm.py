@@ -2,9 +2,12 @@
 
 import keras
 import numpy as np
+import pytest
 import tensorflow as tf
 
 from llmos_tf.layers import LayerNorm, RMSNorm
+
+pytestmark = pytest.mark.fast
 
 
 def test_root_mean_square_formula(float64):

@@ -1,9 +1,12 @@
 """Rotary positions against their formula."""
 
 import numpy as np
+import pytest
 import tensorflow as tf
 
 from llmos_tf.layers import rotate
+
+pytestmark = pytest.mark.fast
 
 
 def test_pairs_turn_by_the_formula():

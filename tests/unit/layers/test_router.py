@@ -7,6 +7,8 @@ import tensorflow as tf
 
 from llmos_tf.layers.router import Router, load_balance_loss, router_z_loss
 
+pytestmark = pytest.mark.fast
+
 
 def random(*shape):
     return np.random.default_rng(0).normal(size=shape)

@@ -7,6 +7,8 @@ import tensorflow as tf
 from llmos_tf import Mesh, memory
 from llmos_tf.strategies import MeshStrategy, ZeroStrategy
 
+pytestmark = pytest.mark.fast
+
 CPUS = [f"CPU:{i}" for i in range(4)]
 
 

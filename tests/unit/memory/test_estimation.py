@@ -5,6 +5,8 @@ import pytest
 from llmos_tf import Mesh, memory
 from llmos_tf.config import GPTConfig, ModelConfig
 
+pytestmark = pytest.mark.fast
+
 CONFIG = GPTConfig(
     vocab_size=64, max_positions=16, hidden_size=16, num_heads=2, num_layers=2, dropout=0.0
 )

@@ -1,5 +1,6 @@
 """The fullest moment of small programs, whose answer is known."""
 
+import pytest
 import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -7,6 +8,8 @@ from hypothesis import strategies as st
 from llmos_tf.graph.inlining import ProgramOps
 from llmos_tf.memory.liveness import fullest_moment
 from llmos_tf.memory.value_kinds import kinds_of_values
+
+pytestmark = pytest.mark.fast
 
 N = 1000
 FLOATS = 4 * N

@@ -14,6 +14,8 @@ from llmos_tf.models import Llama, LlamaConfig, Mixtral, MixtralConfig
 from llmos_tf.models.layouts import mixtral_layouts
 from llmos_tf.sharding import Layout
 
+pytestmark = pytest.mark.fast
+
 # 4 divides the heads and the experts, and not the hidden size.
 LLAMA = LlamaConfig(
     vocab_size=30,

@@ -13,6 +13,8 @@ from llmos_tf.models.layouts import gpt_layouts, llama_layouts
 from llmos_tf.sharding import Layout
 from llmos_tf.strategies import MeshStrategy
 
+pytestmark = pytest.mark.fast
+
 SIZES = {"vocab_size": 30, "max_positions": 8, "hidden_size": 16, "num_heads": 4, "num_layers": 2}
 GPT_TINY = GPTConfig(**SIZES, feed_forward_size=20)
 GROUPED = LlamaConfig(**SIZES, num_kv_heads=2, feed_forward_size=24)

@@ -9,6 +9,8 @@ from llmos_tf.config import GPTConfig, LlamaConfig, MixtralConfig, ModelConfig
 from llmos_tf.models import presets
 from llmos_tf.models.presets import PRESETS, get_preset
 
+pytestmark = pytest.mark.fast
+
 # Exact counts of the released checkpoints.
 EXACT = {
     "gpt2_small": 124_439_808,

@@ -8,6 +8,8 @@ import pytest
 from llmos_tf.planning import draw_png, draw_text, text_legend
 from llmos_tf.planning.schedules import make_schedule
 
+pytestmark = pytest.mark.fast
+
 PICTURE = """\
 tick     0  1  2  3  4  5  6  7  8  9
 stage 0  F0 F1 F2 F3 ·  ·  B0 B1 B2 B3

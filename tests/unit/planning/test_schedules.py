@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from llmos_tf.planning import schedule_orders, schedules
 from llmos_tf.planning.schedules import SCHEDULES, Op, Schedule, make_schedule, needs
 
+pytestmark = pytest.mark.fast
+
 
 @st.composite
 def sizes(draw, names=SCHEDULES):

@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 from llmos_tf.planning import published_bubble, simulate
 from llmos_tf.planning.schedules import Op, Schedule, make_schedule
 
+pytestmark = pytest.mark.fast
+
 # Quarters, halves and thirds of small numbers: sums are exact to a few units in the last place.
 CLOSE = {"rel": 1e-12, "abs": 1e-12}
 sizes = st.tuples(st.integers(2, 8), st.integers(1, 4))

@@ -9,6 +9,8 @@ from llmos_tf.mesh import Mesh
 from llmos_tf.planning import TrainingStep, step_traffic, wire_bytes
 from llmos_tf.planning.weights import weights_of
 
+pytestmark = pytest.mark.fast
+
 # Sizes that 4 divides, so that nothing is padded.
 GPT = GPTConfig(vocab_size=512, max_positions=64, hidden_size=64, num_heads=4, num_layers=4)
 LLAMA = LlamaConfig(

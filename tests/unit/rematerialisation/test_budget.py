@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from llmos_tf.rematerialisation import budget
 from llmos_tf.rematerialisation.budget import Way, cheapest_within, least_bytes
 
+pytestmark = pytest.mark.fast
+
 _ways = st.lists(st.builds(Way, st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=3)
 _blocks = st.lists(_ways, max_size=5)
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers
+from lanes import usual
 
 from llmos_tf import Mesh, collectives, devices
 from llmos_tf.config import LlamaConfig
@@ -55,7 +56,7 @@ def rematerialised_classifier():
         return classifier()
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("name", usual(STRATEGIES, "zero3-2"))
 def test_remat_scope_has_the_weights_of_one_device(float64, name):
     """Fails if the second call sees other values, if its collectives meet those of the first, if a
     mask, a loss or a sparse gradient is lost, or if a rank without rows counts."""
@@ -115,7 +116,7 @@ def _features():
     return np.random.default_rng(1).normal(size=(8, 6))
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("name", usual(STRATEGIES, "data2"))
 def test_second_call_draws_the_same_masks_and_changes_nothing(float64, name):
     """Fails if dropout draws another mask the second time, if the state of a layer is changed
     twice, or if nothing is computed again at all."""
@@ -161,7 +162,7 @@ def blocks_again(monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize("sequence_parallel", [False, True])
+@pytest.mark.parametrize("sequence_parallel", usual([False, True], False))
 def test_collectives_of_a_block_run_again(float64, blocks_again, sequence_parallel):
     """Fails if the collectives of the second call meet those of the first (a deadlock, or another
     rank's numbers), or if a tensor-parallel block has another gradient the second time."""

@@ -6,6 +6,8 @@ from llmos_tf.scripts.benchmark_options import BenchmarkOptions, Candidate
 from llmos_tf.scripts.flags import FLAGS
 from llmos_tf.scripts.peers import kinds
 
+pytestmark = pytest.mark.fast
+
 
 def options(*run, **changed):
     values = {name: FLAGS[name].default for name in BenchmarkOptions.__dataclass_fields__}

@@ -17,6 +17,8 @@ from llmos_tf.scripts import benchmark_process
 from llmos_tf.scripts.benchmark_options import BenchmarkOptions, Candidate
 from llmos_tf.scripts.flags import FLAGS
 
+pytestmark = pytest.mark.fast
+
 # Answers once; then rank 1 does what the test wants, and rank 0 waits for it. A child of each waits
 # too.
 WORKER = """

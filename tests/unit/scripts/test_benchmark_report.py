@@ -8,6 +8,8 @@ import pytest
 from llmos_tf.config import GPTConfig
 from llmos_tf.scripts import benchmark_report as report
 
+pytestmark = pytest.mark.fast
+
 OPTIONS = SimpleNamespace(
     global_batch=2,
     seq_len=10,

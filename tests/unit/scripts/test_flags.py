@@ -9,6 +9,8 @@ from llmos_tf.scripts import setup_run
 from llmos_tf.scripts.flags import FLAGS, options_from_flags
 from llmos_tf.scripts.options import RunOptions, VerifyOptions
 
+pytestmark = pytest.mark.fast
+
 # A new flag is a promise to keep: it is added here in the change that makes it.
 NAMES = {
     "batches",

@@ -7,6 +7,8 @@ import pytest
 from llmos_tf.scripts import plan
 from llmos_tf.scripts.flags import FLAGS
 
+pytestmark = pytest.mark.fast
+
 
 @pytest.fixture
 def run_plan(monkeypatch, capsys, tmp_path):

@@ -6,6 +6,8 @@ import tensorflow as tf
 
 from llmos_tf.sharding.embedding_lookups import are_positions
 
+pytestmark = pytest.mark.fast
+
 TOKENS = tf.TensorSpec([None, 5], tf.int32)
 LONG = tf.TensorSpec([None, None], tf.int32)
 

@@ -15,6 +15,8 @@ from llmos_tf.sharding import Layout
 from llmos_tf.sharding import layout as layout_module
 from llmos_tf.strategies import MeshStrategy
 
+pytestmark = pytest.mark.fast
+
 EVERYWHERE = ("data", "fsdp", "tensor")
 
 

@@ -9,6 +9,8 @@ from llmos_tf.mesh import Mesh
 from llmos_tf.sharding import Layout, LayoutRules, announce_layouts, mesh_axis_size
 from llmos_tf.strategies import MeshStrategy, TensorParallelStrategy
 
+pytestmark = pytest.mark.fast
+
 MESH = Mesh(data=2, tensor=2)
 KERNEL = "model/hidden/kernel"
 

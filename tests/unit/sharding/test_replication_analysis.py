@@ -11,6 +11,8 @@ from llmos_tf.sharding.replication_analysis import varying_axes
 from llmos_tf.spmd.program import current_program
 from llmos_tf.strategies import MeshStrategy
 
+pytestmark = pytest.mark.fast
+
 BOTH = {"data", "fsdp"}
 
 

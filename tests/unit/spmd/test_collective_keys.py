@@ -8,6 +8,8 @@ from llmos_tf import Mesh
 from llmos_tf.mesh import AXES
 from llmos_tf.spmd.collective_keys import CollectiveKeys
 
+pytestmark = pytest.mark.fast
+
 MESHES = [Mesh(data=8), Mesh(data=2, tensor=2), Mesh(pipe=2, data=2, tensor=2), Mesh()]
 
 

@@ -14,6 +14,8 @@ from llmos_tf import Mesh, devices
 from llmos_tf.strategies import MultiWorkerMeshStrategy
 from llmos_tf.strategies.multi_worker import _workers_of
 
+pytestmark = pytest.mark.fast
+
 CLUSTER = {"worker": ["localhost:1", "localhost:2"]}
 
 

@@ -16,6 +16,8 @@ from llmos_tf.strategies import (
     ZeroStrategy,
 )
 
+pytestmark = pytest.mark.fast
+
 
 @pytest.mark.parametrize(
     ("make", "sizes", "replicas"),

@@ -14,6 +14,8 @@ from llmos_tf.mesh import Mesh
 from llmos_tf.strategies import TPUMeshStrategy
 from llmos_tf.strategies.tpu import device_assignment, partition_dimensions
 
+pytestmark = pytest.mark.fast
+
 V3_8 = (2, 2, 1, 2)
 V3_32 = (4, 4, 1, 2)
 

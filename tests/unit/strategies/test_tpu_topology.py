@@ -11,9 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmos_tf.mesh import AXES, BATCH_AXES, Mesh
-from llmos_tf.strategies import tpu_topology as tpu_placement
+from llmos_tf.strategies import tpu_topology
 from llmos_tf.strategies.tpu import device_assignment
 from llmos_tf.strategies.tpu_topology import CORE_AXES, core_coordinates
+
+pytestmark = pytest.mark.fast
 
 V3_8 = (2, 2, 1, 2)
 V3_32 = (4, 4, 1, 2)
@@ -119,7 +121,7 @@ def test_a_placement_is_the_same_every_time(case):
     """Catches an order that rests on a set, on hashes or on what was placed before."""
     mesh, shape = case
     first = core_coordinates(mesh, shape)
-    tpu_placement._box_factors.cache_clear()
+    tpu_topology._box_factors.cache_clear()
     np.testing.assert_array_equal(core_coordinates(mesh, shape), first)
     np.testing.assert_array_equal(core_coordinates(mesh, np.array(shape, np.int32)), first)
 
@@ -259,6 +261,6 @@ def test_a_topology_that_is_none_is_named():
 
 def test_examples():
     """Catches a docstring that no longer says what happens."""
-    results = doctest.testmod(tpu_placement)
+    results = doctest.testmod(tpu_topology)
     assert results.attempted > 0
     assert results.failed == 0

@@ -8,11 +8,14 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from lanes import in_turn, usual
 from small_strategies import MESHES, MESHES_OF_4, make_model, strategy_of
 
 from llmos_tf.mesh import Mesh
 from llmos_tf.strategies import MeshStrategy
 from llmos_tf.strategies.engine.engine import MAX_EAGER_FUNCTIONS
+
+pytestmark = pytest.mark.graph_optimizer
 
 X = np.random.default_rng(0).normal(size=(22, 4))
 Y = np.random.default_rng(1).normal(size=(22, 2))
@@ -39,7 +42,11 @@ def assert_close(actual, expected):
 
 @pytest.mark.parametrize(
     ("mesh", "rows"),
-    [("data2", 16), ("data2", 22), ("tensor2", 22), ("fsdp2-tensor2", 22)],
+    usual(
+        [("data2", 16), ("data2", 22), ("tensor2", 22), ("fsdp2-tensor2", 22)],
+        ("data2", 22),
+        ("fsdp2-tensor2", 22),
+    ),
 )
 def test_fit_traces_one_program(float64, mesh, rows):
     """Catches a program that is traced once a device, once a step, or again for the last batch.
@@ -143,8 +150,9 @@ def graph_loop(dataset, step):
     return epoch()
 
 
-@pytest.mark.parametrize("loop", [eager_loop, graph_loop])
-@pytest.mark.parametrize("mesh", ["data2", "fsdp2-tensor2"])
+@pytest.mark.parametrize(
+    ("mesh", "loop"), in_turn(["data2", "fsdp2-tensor2"], [eager_loop, graph_loop], 2)
+)
 def test_a_custom_training_loop(float64, mesh, loop):
     """Catches a loop of the tutorials that has other weights or losses than one device."""
     expected, expected_loss = custom_loop(tf.distribute.get_strategy(), eager_loop)
@@ -178,7 +186,7 @@ def test_fit_takes_booleans(float64):
         np.testing.assert_allclose(one, other, atol=1e-9)
 
 
-@pytest.mark.parametrize("mesh", ["data4", "fsdp2-tensor2"])
+@pytest.mark.parametrize("mesh", usual(["data4", "fsdp2-tensor2"], "data4"))
 def test_fit_takes_distributed_datasets(float64, mesh):
     """Catches a distributed dataset that fit splits again, or whose replicas' batches it mixes.
 

@@ -5,6 +5,8 @@ import pytest
 from llmos_tf import Mesh
 from llmos_tf.testing.cases import cases_of
 
+pytestmark = pytest.mark.fast
+
 OPTIONS = {
     "zero_stage": 0,
     "sequence_parallel": False,

@@ -12,7 +12,7 @@ from llmos_tf import Mesh
 from llmos_tf.layers import Dropout, TokenCrossEntropy
 from llmos_tf.models import GPT, GPTConfig
 from llmos_tf.sharding import SeedVariable, ShardedVariable
-from llmos_tf.strategies.optimizer import apply as update
+from llmos_tf.strategies.optimizer import apply
 from llmos_tf.testing import verify
 from llmos_tf.testing.cases import Case
 from llmos_tf.testing.randomness import Draws, wrong_draws
@@ -41,7 +41,18 @@ def failures(build, mesh=None, **options):
     return {row.feature: row for row in report.failures}
 
 
-def test_a_language_model_on_every_axis():
+# Tensor with sequence parallelism, and stages; nightly beside other axes.
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        Mesh(tensor=2),
+        Mesh(pipe=2),
+        pytest.param(Mesh(fsdp=2, tensor=2), marks=pytest.mark.nightly),
+        pytest.param(Mesh(pipe=2, context=2), marks=pytest.mark.nightly),
+    ],
+    ids=str,
+)
+def test_a_language_model_on_every_axis(mesh):
     """Fails if token batches, layouts of the model's own, dropout that is split over heads, over
     positions of `tensor` or of `context`, or weights that only one stage has are compared in
     another way than they are run, or more of endless batches are taken than steps."""
@@ -61,13 +72,14 @@ def test_a_language_model_on_every_axis():
 
     tokens = np.random.default_rng(1).integers(0, 11, (2, 4, 4)).astype("int32")
     batches = itertools.cycle((rows, rows) for rows in tokens)
-    meshes = [Mesh(fsdp=2, tensor=2), Mesh(pipe=2, context=2)]
-    report = verify(build, batches, meshes, steps=3, sequence_parallel=True)
+    has_tensor = mesh.axis_size("tensor") > 1
+    report = verify(build, batches, [mesh], steps=2, sequence_parallel=has_tensor)
     assert report.agrees, report.failures
-    assert report.steps == 3
+    assert report.steps == 2
     features = ["gradients", "weights", "loss", "storage", "dropout"]
-    assert [row.feature for row in report.rows] == 2 * features
-    assert report.rows[0].parallelism == "ZeRO stage 3 + tensor parallel + sequence parallel"
+    assert [row.feature for row in report.rows] == features
+    if has_tensor:
+        assert report.rows[0].parallelism.endswith("tensor parallel + sequence parallel")
     assert keras.config.dtype_policy().name == "float32"
 
 
@@ -83,14 +95,14 @@ def test_averages_and_steps_per_execution():
 
 def test_an_update_that_only_the_averages_show(monkeypatch):
     """Fails if the weights after `fit` has ended are not compared."""
-    original = update._update_averages
+    original = apply._update_averages
 
     def wrong(program, optimizer):
         original(program, optimizer)
         for average in optimizer._model_variables_moving_average:
             average.assign(tf.zeros(average.shape, average.dtype))
 
-    monkeypatch.setattr(update, "_update_averages", wrong)
+    monkeypatch.setattr(apply, "_update_averages", wrong)
     failed = failures(made(dense, optimizer=lambda: keras.optimizers.SGD(use_ema=True)))
     assert set(failed) == {"weights"}
     assert failed["weights"].step == 2
@@ -179,7 +191,7 @@ def test_a_model_that_gives_no_number():
 
 def test_copies_that_only_other_ranks_have_wrong(monkeypatch):
     """Fails if only the first rank's weights are looked at."""
-    original = update._update
+    original = apply._update
 
     def drift(program, optimizer, gradients, variables):
         original(program, optimizer, gradients, variables)
@@ -187,7 +199,7 @@ def test_copies_that_only_other_ranks_have_wrong(monkeypatch):
         rank = tf.cast(program.axis_index("data"), component.dtype)
         component.assign_add(tf.fill(component.shape, rank))
 
-    monkeypatch.setattr(update, "_update", drift)
+    monkeypatch.setattr(apply, "_update", drift)
     row = failures(made(dense))["weights"]
     assert (row.step, row.variable, row.difference >= 1) == (1, "sequential/dense/kernel", True)
     assert "different copies of it (rank 0 and rank 1)" in row.hint

@@ -13,6 +13,8 @@ from llmos_tf.models import GPT, GPTConfig
 from llmos_tf.strategies import MeshStrategy
 from llmos_tf.training.evaluation import evaluate
 
+pytestmark = pytest.mark.fast
+
 CONFIG = GPTConfig(vocab_size=20, max_positions=6, hidden_size=8, num_heads=2, num_layers=1)
 
 

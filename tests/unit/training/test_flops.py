@@ -5,6 +5,8 @@ import tensorflow as tf
 
 from llmos_tf.training import flops
 
+pytestmark = pytest.mark.fast
+
 
 @pytest.fixture
 def gpu(monkeypatch):

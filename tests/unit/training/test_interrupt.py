@@ -7,6 +7,8 @@ import pytest
 
 from llmos_tf.training.interrupt import GracefulStop
 
+pytestmark = pytest.mark.fast
+
 
 @pytest.fixture(autouse=True)
 def usual_handler():

@@ -7,6 +7,8 @@ import tensorflow as tf
 
 from llmos_tf.training.reporting import RunReport, draw_curves, read_metrics
 
+pytestmark = pytest.mark.fast
+
 
 def report_steps(workdir, first_step, numbers):
     with RunReport(

@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from in_turn import in_turn
+from lanes import in_turn
 
 from llmos_tf import Mesh
 from llmos_tf.layers import TokenCrossEntropy
@@ -15,6 +15,8 @@ from llmos_tf.models import GPT, GPTConfig
 from llmos_tf.strategies import DataParallelStrategy, MeshStrategy
 from llmos_tf.training import GradientDescent, make_loss_step, make_train_step
 from llmos_tf.training.step import as_batch, as_loss
+
+pytestmark = pytest.mark.graph_optimizer
 
 # Float64; sums in another order differ by 1e-16 relative.
 EXACT = 1e-12

@@ -8,6 +8,8 @@ import pytest
 import tensorflow as tf
 from small_strategies import MESHES, context, local, per_replica, replica_id, strategy_of
 
+pytestmark = [pytest.mark.fast, pytest.mark.graph_optimizer]
+
 # --- running functions ----------------------------------------------------------------------------
 
 

@@ -12,6 +12,8 @@ from llmos_tf import collectives, devices
 from llmos_tf.mesh import Mesh
 from llmos_tf.strategies import MeshStrategy
 
+pytestmark = [pytest.mark.fast, pytest.mark.graph_optimizer]
+
 RANKS = 4
 
 

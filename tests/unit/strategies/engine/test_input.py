@@ -4,6 +4,8 @@ import pytest
 import tensorflow as tf
 from small_strategies import MESHES, local, strategy_of
 
+pytestmark = pytest.mark.fast
+
 
 @pytest.mark.parametrize("mesh", MESHES)
 def test_a_distributed_dataset_has_every_row_once(mesh):

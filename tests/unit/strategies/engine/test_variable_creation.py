@@ -2,11 +2,14 @@
 
 import keras
 import numpy as np
+import pytest
 import tensorflow as tf
 
 from llmos_tf import devices
 from llmos_tf.mesh import Mesh
 from llmos_tf.strategies import MeshStrategy
+
+pytestmark = pytest.mark.fast
 
 RANKS = 2
 

@@ -158,7 +158,6 @@ def trained(axes, options, table):
     return np.array(losses), {row["kind"]: row["bytes"] for row in sent}, model
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", LOSSES)
 def test_trains_and_sends_less(name):
     """Fails if a method does not learn on a mesh that it is for, or sends as much as without it."""

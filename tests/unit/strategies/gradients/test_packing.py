@@ -15,6 +15,8 @@ from llmos_tf.planning.buckets import default_bucket_bytes, plan_buckets
 from llmos_tf.strategies import MeshStrategy
 from llmos_tf.strategies.gradients.packing import packed_rows, unpacked_rows
 
+pytestmark = [pytest.mark.fast, pytest.mark.graph_optimizer]
+
 TENSORS = st.lists(
     st.tuples(st.sampled_from("ab"), st.integers(1, 100), st.integers(0, 20)), max_size=30
 )

@@ -10,6 +10,8 @@ from llmos_tf.sharding import Layout
 from llmos_tf.strategies import MeshStrategy
 from llmos_tf.strategies.keras_layers.products import Cut, cut_of, product_cut
 
+pytestmark = pytest.mark.fast
+
 WIDTH = 8
 
 

@@ -12,6 +12,8 @@ from llmos_tf.sharding import ShardedVariable
 from llmos_tf.strategies import MeshStrategy
 from llmos_tf.strategies.keras_patches.export import whole_variables
 
+pytestmark = pytest.mark.fast
+
 
 @pytest.fixture
 def strategy():

@@ -17,6 +17,8 @@ if sys.version_info < (3, 11):
 
 import keras_hub
 
+pytestmark = pytest.mark.fast
+
 LENGTH = 4
 SIZES = {"vocabulary_size": 8, "num_layers": 1, "hidden_dim": 8, "intermediate_dim": 8}
 GROUPED = {**SIZES, "num_query_heads": 2, "num_key_value_heads": 2}

@@ -8,10 +8,12 @@ from keras import layers
 
 from llmos_tf import Mesh, devices
 from llmos_tf.config import GPTConfig
-from llmos_tf.graph import outlined_function as blocks
+from llmos_tf.graph import outlined_function
 from llmos_tf.models import GPT
 from llmos_tf.strategies import DataParallelStrategy, MeshStrategy, ZeroStrategy
 from llmos_tf.testing import max_difference, train
+
+pytestmark = pytest.mark.graph_optimizer
 
 TOLERANCE = 1e-9
 _rng = np.random.default_rng(0)
@@ -33,7 +35,7 @@ STRATEGIES = {
 def compiled(monkeypatch):
     """Names of the layers that were compiled, for each call in a program."""
     names = []
-    call = blocks.Block.call
+    call = outlined_function.Block.call
 
     def noted(block, *args, **kwargs):
         if block.compiled:
@@ -41,7 +43,7 @@ def compiled(monkeypatch):
             assert block._concrete.function_def.attr["_XlaMustCompile"].b
         return call(block, *args, **kwargs)
 
-    monkeypatch.setattr(blocks.Block, "call", noted)
+    monkeypatch.setattr(outlined_function.Block, "call", noted)
     return names
 
 

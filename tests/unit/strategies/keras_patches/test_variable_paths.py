@@ -2,10 +2,13 @@
 
 import keras
 import numpy as np
+import pytest
 
 from llmos_tf import Mesh
 from llmos_tf.sharding import Layout
 from llmos_tf.strategies import MeshStrategy
+
+pytestmark = pytest.mark.fast
 
 
 class Outer(keras.Model):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers
+from lanes import usual
 
 from llmos_tf import Mesh, collectives, devices, memory
 from llmos_tf.collectives.annotations import sending
@@ -15,6 +16,8 @@ from llmos_tf.models import GPT, GPTConfig, Llama, LlamaConfig
 from llmos_tf.strategies import MeshStrategy
 from llmos_tf.testing import max_difference, train
 from llmos_tf.training import make_train_step
+
+pytestmark = pytest.mark.graph_optimizer
 
 
 def on(reshard=True, options=None, **axes):
@@ -120,7 +123,7 @@ def by_passes(events):
     return found
 
 
-@pytest.mark.parametrize("reshard", [False, True])
+@pytest.mark.parametrize("reshard", usual([False, True], True))
 def test_the_next_block_is_gathered_while_this_one_computes(monkeypatch, reshard):
     """Fails if all gathers start with the step, if one waits until the block before is through, or
     if the backward pass gathers late: after what is sent of the gradients of the block after."""
@@ -211,7 +214,8 @@ SP = {"sequence_parallel": True}
     ("build", "changed", "options", "axes"),
     [
         case(llama, data=2, fsdp=2, nightly=False),
-        case(encoder, fsdp=4, nightly=False),
+        case(encoder, fsdp=2, nightly=False),
+        case(encoder, fsdp=4),
         case(encoder, {"jit_compile": True}, fsdp=2),
         case(gpt, fsdp=2),
         case(gpt, fsdp=2, tensor=2),
@@ -281,7 +285,7 @@ def test_blocks_that_are_shared_frozen_and_differentiated_twice(float64):
 WIDE = {"vocab_size": 64, "max_positions": 32, "hidden_size": 64, "num_heads": 4, "num_layers": 4}
 
 
-@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
+@pytest.mark.parametrize("policy", usual(["float32", "mixed_bfloat16"], "float32"))
 def test_gathered_weights_of_blocks_are_let_go(policy):
     """Fails if the forward pass's weights live until the backward pass, or what is made of them
     does: weights in 16 bits."""

@@ -5,12 +5,13 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers
+from lanes import usual
 
 from llmos_tf import Mesh, devices, memory
 from llmos_tf.layers import TokenCrossEntropy
 from llmos_tf.models import GPT, GPTConfig
 from llmos_tf.strategies import MeshStrategy
-from llmos_tf.strategies.layer_stack import rematerialise as recomputation
+from llmos_tf.strategies.layer_stack import rematerialise
 from llmos_tf.strategies.layer_stack.rematerialise import Recomputation
 from llmos_tf.testing import max_difference, train
 from llmos_tf.training import make_train_step
@@ -58,7 +59,17 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    usual(
+        CASES,
+        "full-data2",
+        "bytes-fsdp2",
+        "selective-sequence2",
+        "block-sequence2",
+        "selective-context2",
+    ),
+)
 def test_weights_are_those_of_one_device(float64, one_device, name):
     """Fails if what is kept is not what the gradient needs, or if collectives of the second run
     meet those of the first."""
@@ -67,7 +78,7 @@ def test_weights_are_those_of_one_device(float64, one_device, name):
     assert max_difference(one_device, actual) <= TOLERANCE
 
 
-@pytest.mark.parametrize("axes", [{"data": 2}, {"pipe": 2}], ids=str)
+@pytest.mark.parametrize("axes", usual([{"data": 2}, {"pipe": 2}], {"pipe": 2}), ids=str)
 def test_the_second_run_draws_the_masks_of_the_first(float64, axes):
     """Fails if dropout draws another mask the second time, or if the stages of a pipeline advance
     a stream of random numbers that is used in a block."""
@@ -114,7 +125,6 @@ def activations(option, build=encoder):
     return memory.report(model, batch=(SPEC, SPEC))[0]["activations"]
 
 
-@pytest.mark.slow
 def test_less_is_kept_of_a_keras_model_in_this_order():
     """Fails if an option has no effect on a model of Keras's layers, or if "selective" keeps
     attention scores, or nothing."""
@@ -124,18 +134,17 @@ def test_less_is_kept_of_a_keras_model_in_this_order():
     assert block < selective
 
 
-@pytest.mark.slow
 def test_a_budget_is_kept_to(monkeypatch):
     """Fails if blocks keep more than the budget, or if it does not choose by what they keep."""
     chosen = []
-    find = recomputation.cheapest_within
+    find = rematerialise.cheapest_within
 
     def noting(blocks, budget):
         places = find(blocks, budget)
         chosen.append([way[i] for way, i in zip(blocks, places, strict=True)])
         return places
 
-    monkeypatch.setattr(recomputation, "cheapest_within", noting)
+    monkeypatch.setattr(rematerialise, "cheapest_within", noting)
     all_kept = activations(10**9)
     kept = sum(way.bytes for way in chosen[0])
     assert all(way.cost == 0 for way in chosen[0])
@@ -171,7 +180,7 @@ def test_rows_that_nobody_knows_are_asked_for():
         step.get_concrete_function(rows, tf.TensorSpec([None, 16, 24]))
 
 
-@pytest.mark.parametrize("option", ["block", "selective"])
+@pytest.mark.parametrize("option", usual(["block", "selective"], "selective"))
 def test_compiled_blocks(option):
     """Fails if XLA compiles the whole model, of which nothing could be computed again then."""
     kept = activations(None, lambda: encoder(jit_compile=True))

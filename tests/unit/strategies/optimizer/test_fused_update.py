@@ -13,6 +13,8 @@ from llmos_tf.mesh import Mesh
 from llmos_tf.strategies import MeshStrategy
 from llmos_tf.strategies.optimizer import fused_update
 
+pytestmark = pytest.mark.graph_optimizer
+
 
 def _model():
     keras.utils.set_random_seed(0)

@@ -12,6 +12,8 @@ from llmos_tf.planning.schedules import make_schedule
 from llmos_tf.strategies.pipeline.microbatch_trace import Unit
 from llmos_tf.strategies.pipeline.partition import Costs, count_costs, cut_by_cost
 
+pytestmark = pytest.mark.fast
+
 # As in the module: elements that are made, and that are sent, in operations of a product.
 PER_ELEMENT, PER_ELEMENT_SENT = 30, 100
 SCHEDULES = [

@@ -10,6 +10,8 @@ from llmos_tf.strategies import MeshStrategy
 from llmos_tf.strategies.pipeline.microbatch_trace import Unit
 from llmos_tf.strategies.pipeline.placement import placement_of
 
+pytestmark = pytest.mark.fast
+
 FLOAT = 4
 
 
