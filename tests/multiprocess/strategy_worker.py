@@ -90,8 +90,9 @@ def script(strategy, build, optimizer, data):
 
 
 def compare(mesh, build, optimizer, data, **options):
-    expected = script(ONE_DEVICE(), build, optimizer, data)
+    # Joins the cluster, which has to come before anything else that TensorFlow does.
     strategy = MultiWorkerMeshStrategy(mesh, **options)
+    expected = script(ONE_DEVICE(), build, optimizer, data)
     assert strategy.num_replicas_in_sync == strategy.mesh.batch_ways
     assert strategy.num_workers == 2
     weights, history, loss, outputs = script(strategy, build, optimizer, data)
