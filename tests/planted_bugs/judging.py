@@ -12,6 +12,8 @@ from pathlib import Path
 
 from planted_bugs.bugs import Bug
 
+# Seconds. Alone a bug takes half a minute.
+TIME_LIMIT = 600
 ROOT = Path(__file__).resolve().parents[2]
 COPIED = (
     "docs",
@@ -55,6 +57,8 @@ def judge(bug: Bug) -> Verdict:
     Raises:
         ValueError: the bug does not fit the source.
         RuntimeError: pytest did not run the tests.
+        subprocess.TimeoutExpired: the tests wait for something that does not come. Take a bug that
+            gives wrong numbers instead.
     """
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "checkout"
@@ -75,6 +79,7 @@ def judge(bug: Bug) -> Verdict:
             env=os.environ | {"PYTHONPATH": str(copy)},
             capture_output=True,
             text=True,
+            timeout=TIME_LIMIT,
         )
         seconds = time.monotonic() - started
     found = tuple(re.findall(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE))
