@@ -82,7 +82,7 @@ def judge(bug: Bug) -> Verdict:
             timeout=TIME_LIMIT,
         )
         seconds = time.monotonic() - started
-    found = tuple(re.findall(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE))
+    found = tuple(re.findall(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", done.stdout, re.MULTILINE))
     if done.returncode != bool(found):
         raise RuntimeError(f"pytest ended with {done.returncode}:\n{done.stdout}{done.stderr}")
     return Verdict(found, seconds, done.stdout)
