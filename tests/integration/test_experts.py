@@ -142,10 +142,11 @@ def test_the_same_tokens_have_no_room_on_a_mesh(float64, mesh):
     assert float(model.routing_summary()["moe_dropped"]) > 0.1
 
 
-def test_uneven_batches(float64):
+@pytest.mark.parametrize(("num_rows", "data"), usual([(17, 2), (19, 4)], (17, 2)))
+def test_uneven_batches(float64, num_rows, data):
     """Fails if a rank without rows counts in the routing's losses or in the load, or a buffer is
-    sized for another batch: 17 rows are 8, 8 and 1, the last for two ranks of data."""
-    rows = [np.concatenate(column)[:17] for column in zip(*batches(), strict=True)]
+    sized for another batch: the last one has 1 row for 2 ranks of data, or 3 rows for 4."""
+    rows = [np.concatenate(column)[:num_rows] for column in zip(*batches(), strict=True)]
 
     def fit(strategy):
         keras.backend.clear_session()
@@ -164,7 +165,7 @@ def test_uneven_batches(float64):
         return model.get_weights()
 
     expected = fit(None)
-    for one, other in zip(expected, fit(MeshStrategy(Mesh(data=2, expert=2))), strict=True):
+    for one, other in zip(expected, fit(MeshStrategy(Mesh(data=data, expert=2))), strict=True):
         np.testing.assert_allclose(other, one, atol=TOLERANCE, rtol=0)
 
 

@@ -77,7 +77,7 @@ def two_of_all():
     numbers = keras.Input([8], name="numbers")
     tokens = keras.Input([6], dtype="int32", name="tokens")
     text = layers.Embedding(20, 8, mask_zero=True)(tokens)
-    text = layers.LSTM(8)(text)
+    text = layers.LSTM(8)(layers.LSTM(8, return_sequences=True)(text))
     a = layers.Dense(16, "tanh")(layers.Concatenate()([layers.Dense(16)(numbers), text]))
     far = layers.Dense(3, name="far")(a)
     sign = layers.Dense(1, "sigmoid", name="sign")(layers.Concatenate()([a, text]))
