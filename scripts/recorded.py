@@ -104,8 +104,8 @@ class Record:
             ours = " ".join(f"--{name}={given[name]}" for name in different)
             raise ValueError(
                 f"The checkpoint {self.path} is of a run with {theirs}. Received: {ours}. Leave "
-                f"{'the flag' if len(different) == 1 else 'these flags'} out, and what the "
-                "checkpoint records is taken."
+                f"{'the flag' if len(different) == 1 else 'these flags'} out to take what the "
+                "checkpoint records."
             )
 
     def changes(self, options: RunOptions) -> str:
@@ -153,7 +153,7 @@ class Record:
                 raise ValueError(
                     f"The checkpoint {self.path} is of a run with --tokenizer={recorded['path']}. "
                     f"Received: --tokenizer={given}, which has another content. Leave the flag "
-                    "out, and what the checkpoint records is taken."
+                    "out to take what the checkpoint records."
                 )
             return None if given == BYTES else given
         if recorded["sha256"] is None:

@@ -4,6 +4,7 @@ import time
 
 import tensorflow as tf
 
+_TERA = 1e12
 # Dense peak of one GPU in its 16-bit format, FLOP/s, from the makers' data sheets.
 _GPU_PEAKS = {
     "V100": 125e12,
@@ -26,7 +27,7 @@ def peak_flops(devices: tuple[str, ...]) -> tuple[float, str]:
 
     Returns:
         FLOP/s, and its source: a data sheet for a known GPU, else the fastest float32 matrix
-        product measured here in a second. Virtual CPU devices share one machine.
+        product measured here. Virtual CPU devices share one machine.
     """
     if "GPU" not in devices[0]:
         return _measured_rate(devices[0]), "fastest float32 matrix product measured here"
@@ -39,15 +40,29 @@ def peak_flops(devices: tuple[str, ...]) -> tuple[float, str]:
     return _measured_rate(devices[0]) * len(devices), "fastest float32 matrix product measured here"
 
 
-def _measured_rate(device: str, seconds: float = 0.5) -> float:
-    """FLOP/s of the fastest square matrix product, each size repeated for some time.
+def describe_peak(rate: float, source: str) -> str:
+    """Returns a peak in words.
 
-    The fastest of many: a machine that others use, or whose clock changes, has slow moments.
+    Args:
+        rate: FLOP/s.
+        source: as of `peak_flops`.
+
+    Returns:
+        Such as "461 GFLOP/s (fastest float32 matrix product measured here)".
     """
-    return max(_fastest_product(device, size, seconds) for size in (1024, 2048))
+    shown = f"{rate / _TERA:,.0f} TFLOP/s" if rate > 10 * _TERA else f"{rate / 1e9:,.0f} GFLOP/s"
+    return f"{shown} ({source})"
 
 
-def _fastest_product(device: str, size: int, seconds: float) -> float:
+def _measured_rate(device: str) -> float:
+    """FLOP/s of the fastest square matrix product.
+
+    Fastest of hundreds, since a machine that others use too has slow moments.
+    """
+    return max(_fastest_product(device, size) for size in (512, 1024))
+
+
+def _fastest_product(device: str, size: int, seconds: float = 0.7) -> float:
     with tf.device(device):
         x = tf.random.stateless_normal([size, size], seed=[0, 0])
 
@@ -56,9 +71,9 @@ def _fastest_product(device: str, size: int, seconds: float) -> float:
             return tf.reduce_sum(tf.matmul(x, x))
 
         product().numpy()
-        times = []
+        times: list[float] = []
         end = time.perf_counter() + seconds
-        while len(times) < 3 or time.perf_counter() < end:
+        while len(times) < 5 or time.perf_counter() < end:
             begin = time.perf_counter()
             product().numpy()
             times.append(time.perf_counter() - begin)

@@ -1,5 +1,6 @@
 """From options to devices, a strategy, data and a model."""
 
+import math
 from dataclasses import replace
 
 import keras
@@ -18,6 +19,9 @@ from llmos_tf.training.evaluation import HeldOutLoss, evaluate
 from llmos_tf.training.reporting import bar_interval
 
 _MODELS: tuple[type[LanguageModel], ...] = (GPT, Llama, Mixtral)
+
+# Presets that a message names.
+_SHOWN = 3
 
 
 def with_mesh(options: RunOptions) -> RunOptions:
@@ -54,16 +58,14 @@ def read_tokenizer(options: RunOptions, config: ModelConfig) -> Tokenizer:
     tokenizer = load_tokenizer(options.tokenizer)
     if tokenizer.vocab_size <= config.vocab_size:
         return tokenizer
-    fitting = [
-        f"{name} ({preset.vocab_size:,})"
-        for name, preset in PRESETS.items()
-        if preset.vocab_size >= tokenizer.vocab_size
-    ]
+    fitting = [name for name in PRESETS if PRESETS[name].vocab_size >= tokenizer.vocab_size]
+    smallest = sorted(fitting, key=lambda name: PRESETS[name].num_parameters())[:_SHOWN]
+    presets = ", ".join(f"{name} ({PRESETS[name].vocab_size:,})" for name in smallest)
     raise ValueError(
         f"The tokenizer {options.tokenizer or 'bytes'} has {tokenizer.vocab_size:,} tokens, and "
         f"the model has only {config.vocab_size:,}. For a checkpoint give the --tokenizer that it "
         "was trained with. For a new run leave --tokenizer out, which takes bytes, or take a "
-        f"--preset with as many tokens: {', '.join(fitting) or 'there is none'}."
+        f"--preset with as many tokens, such as {presets or 'none here'}."
     )
 
 
@@ -151,12 +153,14 @@ def evaluate_with_bar(model: LanguageModel, data: TextData, batch_size: int) -> 
     Returns:
         The loss.
     """
+    steps = math.ceil(data.heldout.num_sequences / batch_size)
     with tqdm.tqdm(
-        desc="held-out text", unit="step", leave=False, mininterval=bar_interval()
+        desc="held-out text", total=steps, unit="step", leave=False, mininterval=bar_interval()
     ) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        return evaluate(model, data.heldout, data.heldout_bytes, batch_size, progress)
+        return evaluate(
+            model,
+            data.heldout,
+            data.heldout_bytes,
+            batch_size,
+            progress=lambda done, total: bar.update(done - bar.n),
+        )

@@ -32,7 +32,7 @@ from llmos_tf.scripts.programs.setup_run import (
 )
 from llmos_tf.scripts.recorded import TOKENIZER_FILE, Record, describe_text, to_record
 from llmos_tf.training.evaluation import HeldOutLoss
-from llmos_tf.training.flops import peak_flops
+from llmos_tf.training.flops import describe_peak, peak_flops
 from llmos_tf.training.interrupt import GracefulStop
 from llmos_tf.training.reporting import RunReport, draw_curves, read_metrics
 from llmos_tf.training.step import make_train_step
@@ -157,7 +157,7 @@ def _describe(run: TrainingRun) -> None:
         f"{run.data.corpus_name}: {run.data.train.num_targets:,} training tokens of "
         f"{options.tokenizer or 'bytes'}, {run.data.heldout_bytes:,} bytes held out",
         f"A step: {options.global_batch} sequences of {length} tokens. MFU (model FLOP "
-        f"utilisation) is of {run.peak[0]:.3g} FLOP/s, {run.peak[1]}.",
+        f"utilisation) is of {describe_peak(*run.peak)}.",
         zero_note(options.zero_stage, mesh),
         f"Results go to {run.workdir}. Tracing the first step ...",
     ]
@@ -252,12 +252,11 @@ def _finish(run: TrainingRun) -> None:
     summary = _summary(run, held, read_metrics(run.workdir / "metrics.jsonl"))
     for path in filter(None, (run.workdir / "summary.json", options.json)):
         Path(path).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    peak, source = run.peak
     print(
         f"Held-out bits per byte: {held.bits_per_byte:.3f} "
         f"(a bigram model of the same text: {data.bigram_bits_per_byte:.3f})\n"
         f"Speed: {summary['tokens_per_second']:,.0f} tokens/s, model FLOP utilisation "
-        f"{summary['mfu']:.1%} of {peak:.3g} FLOP/s ({source})\n"
+        f"{summary['mfu']:.1%} of {describe_peak(summary['peak_flops'], summary['peak_source'])}\n"
         f"Left in {run.workdir}: checkpoints/, metrics.jsonl, tensorboard/, curves.png, "
         "summary.json\n"
     )
@@ -267,6 +266,8 @@ def _finish(run: TrainingRun) -> None:
 def _summary(run: TrainingRun, held: HeldOutLoss, rows: list[dict[str, Any]]) -> dict[str, Any]:
     steady = rows[1:] or rows
     rate = float(np.median([row["tokens_per_second"] for row in steady]))
+    # Once more: the machine may have been busy when the run began.
+    peak, source = max(run.peak, peak_flops(run.model.distribute_strategy.mesh.devices))
     flops = run.model.config.flops_per_token(run.data.train.sequence_length)
     return {
         "preset": run.options.preset,
@@ -278,9 +279,9 @@ def _summary(run: TrainingRun, held: HeldOutLoss, rows: list[dict[str, Any]]) ->
         "heldout_loss": held.loss,
         "train_loss": rows[-1]["loss"],
         "tokens_per_second": rate,
-        "mfu": rate * flops / run.peak[0],
-        "peak_flops": run.peak[0],
-        "peak_source": run.peak[1],
+        "mfu": rate * flops / peak,
+        "peak_flops": peak,
+        "peak_source": source,
         "workdir": str(run.workdir),
     }
 

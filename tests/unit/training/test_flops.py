@@ -60,3 +60,9 @@ def test_cpu_devices_are_measured_once(monkeypatch):
     """Fails if the figure of one machine is multiplied by the virtual devices that share it."""
     monkeypatch.setattr(flops, "_measured_rate", lambda device: 1.5)
     assert flops.peak_flops(("/CPU:0", "/CPU:1", "/CPU:2"))[0] == 1.5
+
+
+def test_a_peak_in_words():
+    """Fails if utilisation is of a figure that nobody can compare with a data sheet."""
+    assert flops.describe_peak(461.2e9, "measured") == "461 GFLOP/s (measured)"
+    assert flops.describe_peak(8 * 989e12, "H100") == "7,912 TFLOP/s (H100)"
