@@ -8,6 +8,7 @@ neither TensorFlow nor Keras, so that help and errors in flags come at once. The
 import contextlib
 import difflib
 import importlib
+import io
 import json
 import os
 import sys
@@ -49,6 +50,10 @@ class Program:
 
     def run(self) -> None:
         """Parses the flags, does the work, and exits with its status."""
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                # Text that a terminal's encoding lacks is no reason to end a run.
+                stream.reconfigure(errors="backslashreplace")
         app.run(self._main, flags_parser=self._parse)
 
     def _main(self, options: Any) -> int | None:

@@ -135,6 +135,11 @@ def _values() -> dict[str, Any]:
 def _of_checkpoint(given: Mapping[str, Any]) -> tuple[Record, dict[str, Any]]:
     """The record of the checkpoint that is read, and the options that follow from it."""
     values = _values()
+    if values["checkpoint"] and values["workdir"]:
+        raise ValueError(
+            "--workdir is the same as --checkpoint. Received: "
+            f"--checkpoint={values['checkpoint']} --workdir={values['workdir']}. Give one of them."
+        )
     record = Record.read(checkpoint_of(values["checkpoint"] or values["workdir"]))
     return record, record.values(values, given) | {"checkpoint": str(record.path)}
 

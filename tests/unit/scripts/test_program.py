@@ -103,6 +103,18 @@ def test_help_errors_and_plans_need_no_tensorflow(tmp_path):
     assert longest < 1.0
 
 
+def test_a_terminal_without_unicode(tmp_path):
+    """Fails if a character that the terminal lacks ends the program in a traceback."""
+    done = subprocess.run(
+        [sys.executable, "-m", "llmos_tf.scripts.verify", "--help"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"},
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "\\u0394" in done.stdout
+
+
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_help_is_of_this_program(name, run_program):
     """Fails if help lacks an example or a flag, or mentions a flag or a program that it is not the

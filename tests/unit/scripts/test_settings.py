@@ -181,6 +181,9 @@ def test_evaluation_is_of_the_run(run_of, parse, text):
     parse("--checkpoint=llmos_runs/run", "--mesh=fsdp=4", "--data=stdlib")
     options = settings.evaluate_options()
     assert (options.global_batch, options.data, options.zero_stage) == (8, "stdlib", 0)
+    parse("--checkpoint=llmos_runs/run", "--workdir=llmos_runs/other")
+    with pytest.raises(ValueError, match=r"Give one of them"):
+        settings.evaluate_options()
     for flag, recorded in (("--seq_len=8", "--seq_len=16"), ("--tokenizer=bytes", "own.json")):
         parse("--checkpoint=llmos_runs/run", flag)
         with pytest.raises(ValueError, match="is of a run with --") as error:
