@@ -9,7 +9,7 @@ from llmos_tf.models.presets import get_preset
 from llmos_tf.options import MeshOptions
 from llmos_tf.planning.plan import COMPUTE_BYTES, Plan
 from llmos_tf.planning.schedules import SCHEDULES, Schedule, make_schedule
-from llmos_tf.scripts.options import check_counts, check_folder_of
+from llmos_tf.scripts.checks import check_counts, check_folder_of
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _BINARY_UNITS = {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}

@@ -9,7 +9,7 @@ from llmos_tf.config import ModelConfig
 from llmos_tf.planning import draw_png, draw_text, published_bubble, simulate, text_legend
 from llmos_tf.planning.memory_model import HOST, KINDS
 from llmos_tf.planning.schedules import Schedule, make_schedule
-from llmos_tf.scripts.options import zero_note
+from llmos_tf.scripts.checks import zero_note
 from llmos_tf.scripts.plan_options import PlanOptions
 from llmos_tf.scripts.program import refuse, refusing_misuse
 from llmos_tf.scripts.programs.fitting import (

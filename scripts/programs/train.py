@@ -20,7 +20,8 @@ from llmos_tf.inference import SamplingConfig, generate
 from llmos_tf.layers import TokenCrossEntropy
 from llmos_tf.models import Mixtral, get_preset
 from llmos_tf.models.language_model import LanguageModel
-from llmos_tf.scripts.options import RunOptions, zero_note
+from llmos_tf.scripts.checks import zero_note
+from llmos_tf.scripts.options import RunOptions
 from llmos_tf.scripts.printable import printable
 from llmos_tf.scripts.program import refusing_misuse
 from llmos_tf.scripts.programs.setup_run import (

@@ -5,8 +5,9 @@ from absl import flags
 
 from llmos_tf import Mesh
 from llmos_tf.config import GPTConfig
+from llmos_tf.scripts.checks import zero_note
 from llmos_tf.scripts.flags import FLAGS
-from llmos_tf.scripts.options import RunOptions, VerifyOptions, zero_note
+from llmos_tf.scripts.options import RunOptions, VerifyOptions
 from llmos_tf.scripts.programs import setup_run
 from llmos_tf.scripts.settings import sequence_length, train_options
 
