@@ -267,8 +267,7 @@ def _finish(run: TrainingRun) -> None:
 def _summary(run: TrainingRun, held: HeldOutLoss, rows: list[dict[str, Any]]) -> dict[str, Any]:
     steady = rows[1:] or rows
     rate = float(np.median([row["tokens_per_second"] for row in steady]))
-    # Once more: the machine may have been busy when the run began.
-    peak, source = max(run.peak, peak_flops(run.model.distribute_strategy.mesh.devices))
+    peak, source = run.peak
     flops = run.model.config.flops_per_token(run.data.train.sequence_length)
     return {
         "preset": run.options.preset,
