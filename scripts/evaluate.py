@@ -5,7 +5,7 @@
 
 Tokenizer, sequence length, batch, mesh and text are those of the training run, as the checkpoint
 records them. Any other mesh gives the same result. The text is the held-out part, split as in
-training; of another text give --data.
+training; for another text give --data.
 """
 
 from llmos_tf.scripts.program import Program

@@ -11,6 +11,7 @@ import importlib
 import io
 import json
 import os
+import signal
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
@@ -69,6 +70,9 @@ class Program:
 
     def _parse(self, argv: list[str]) -> Any:
         if any(arg in _HELP for arg in argv[1:]):
+            if hasattr(signal, "SIGPIPE"):
+                # A pager, or head, may close the pipe before it has read all.
+                signal.signal(signal.SIGPIPE, signal.SIG_DFL)
             print(self.help_text())
             sys.exit(0)
         try:

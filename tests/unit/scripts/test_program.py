@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -37,7 +38,10 @@ def run_program(monkeypatch, capsys, tmp_path):
         return end.value.code or 0, *capsys.readouterr()
 
     monkeypatch.chdir(tmp_path)
+    # Help sets another one.
+    handler = signal.getsignal(signal.SIGPIPE)
     yield run
+    signal.signal(signal.SIGPIPE, handler)
     FLAGS.unparse_flags()
     FLAGS(["pytest"])
 
@@ -103,8 +107,8 @@ def test_help_errors_and_plans_need_no_tensorflow(tmp_path):
     assert longest < 1.0
 
 
-def test_a_terminal_without_unicode(tmp_path):
-    """Fails if a character that the terminal lacks ends the program in a traceback."""
+def test_help_in_any_terminal(tmp_path):
+    """Fails if a character that a terminal lacks, or a pipe that is closed, ends in a traceback."""
     done = subprocess.run(
         [sys.executable, "-m", "llmos_tf.scripts.verify", "--help"],
         capture_output=True,
@@ -113,6 +117,17 @@ def test_a_terminal_without_unicode(tmp_path):
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert "\\u0394" in done.stdout
+    # Nor is a reader who has read enough.
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-m", "llmos_tf.scripts.train", "--help"],
+        stdout=write,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    os.close(write)
+    assert done.stderr == b""
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
