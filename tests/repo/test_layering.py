@@ -19,6 +19,7 @@ RANKS = {
     "llmos_tf.mesh": 0,  # numpy only
     "llmos_tf.process": 0,  # no TensorFlow
     "llmos_tf.data": 0,  # no TensorFlow
+    "llmos_tf.files": 0,  # no TensorFlow
     "llmos_tf._internal": 0,  # every private import of TensorFlow and Keras
     "llmos_tf.planning": 1,  # no TensorFlow
     "llmos_tf.devices": 1,
@@ -53,6 +54,7 @@ RANKS = {
 WITHOUT_TENSORFLOW = (
     "llmos_tf.config",
     "llmos_tf.data",
+    "llmos_tf.files",
     "llmos_tf.mesh",
     "llmos_tf.options",
     "llmos_tf.planning",
