@@ -6,14 +6,16 @@ A checkpoint is a folder ``step-00000120`` with
 - ``optimizer.safetensors``: all variables of the optimizer, if there is one: iterations, learning
   rate, slots, loss scale;
 - ``state.json``: format version, step, the model's configuration, the list of all variables with
-  shape, dtype and checksum, and what the caller adds, such as the position of the data.
+  shape, dtype and checksum, what the caller adds, such as the position of the data, and a checksum
+  of all this.
 
-Tensors are stored whole, so what a mesh wrote can go on in another mesh or on one device. A
-checkpoint appears under its name when all of it is on disk, and never before.
+Tensors are stored whole, so that a run can continue on another mesh or on one device. A checkpoint
+appears under its name when all of it is on disk, and never before. While a process saves it locks
+the folder; what a killed one has left is removed by the next save. `restore_latest` takes the
+newest checkpoint that is whole.
 
-This version is synchronous, and one process that holds all ranks writes it: training waits while
-full tensors are gathered on the host, one variable at a time. Sharded and asynchronous writing
-belong to a later version.
+This version is synchronous, and one process writes: training waits while full tensors are gathered
+on the host, one variable at a time. Sharded and asynchronous writing belong to a later version.
 
 Example:
     >>> save_checkpoint("run", model, step=120, extra={"batches": batches.state()})
@@ -25,15 +27,23 @@ Example:
     120
 """
 
+from llmos_tf.checkpoint.errors import DamagedCheckpointError
 from llmos_tf.checkpoint.folders import latest_checkpoint
 from llmos_tf.checkpoint.manifest import load_config
 from llmos_tf.checkpoint.restoring import RestoredState, restore_checkpoint
+from llmos_tf.checkpoint.resuming import ResumedState, SkippedCheckpoint, restore_latest
 from llmos_tf.checkpoint.saving import save_checkpoint
+from llmos_tf.files.locking import FolderInUseError
 
 __all__ = [
+    "DamagedCheckpointError",
+    "FolderInUseError",
     "RestoredState",
+    "ResumedState",
+    "SkippedCheckpoint",
     "latest_checkpoint",
     "load_config",
     "restore_checkpoint",
+    "restore_latest",
     "save_checkpoint",
 ]
