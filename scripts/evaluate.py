@@ -7,11 +7,9 @@ The mesh need not be the one the checkpoint was trained on. The text is the held
 split as in training.
 """
 
-import json
-from pathlib import Path
-
 from llmos_tf.checkpoint import restore_checkpoint
 from llmos_tf.data import bigram_bits_per_byte, load_text_data
+from llmos_tf.files.writing import write_json
 from llmos_tf.scripts.flags import options_from_flags, refusing_misuse, start
 from llmos_tf.scripts.setup_run import (
     checkpoint_config,
@@ -19,6 +17,7 @@ from llmos_tf.scripts.setup_run import (
     evaluate_with_bar,
     make_model,
     make_strategy,
+    require_one_process,
     sequence_length,
 )
 
@@ -43,6 +42,7 @@ _FLAGS = (
 def main() -> int:
     """Evaluates and prints."""
     with refusing_misuse():
+        require_one_process()
         options = options_from_flags()
         path = checkpoint_path(options)
         config = checkpoint_config(path)
@@ -66,7 +66,7 @@ def main() -> int:
         "bigram_bits_per_byte": bigram,
     }
     if options.json:
-        Path(options.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_json(options.json, result)
     print(
         f"{path}, step {step}: {held.bits_per_byte:.3f} bits per byte on {held.num_bytes:,} bytes "
         f"(loss {held.loss:.4f} a token; a bigram model: {bigram:.3f} bits per byte)"

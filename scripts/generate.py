@@ -7,14 +7,12 @@ It keeps keys and values of earlier positions, works on any mesh, and gives the 
 them for the same --seed. --temperature=0 always takes the likeliest token.
 """
 
-import json
-from pathlib import Path
-
 import numpy as np
 
 from llmos_tf.checkpoint import restore_checkpoint
 from llmos_tf.config import ModelConfig
 from llmos_tf.data import Tokenizer, load_tokenizer
+from llmos_tf.files.writing import write_json
 from llmos_tf.inference import SamplingConfig, generate
 from llmos_tf.scripts.flags import FLAGS, options_from_flags, refuse, refusing_misuse, start
 from llmos_tf.scripts.setup_run import (
@@ -22,6 +20,7 @@ from llmos_tf.scripts.setup_run import (
     checkpoint_path,
     make_model,
     make_strategy,
+    require_one_process,
 )
 
 _FLAGS = (
@@ -44,6 +43,7 @@ _FLAGS = (
 def main() -> int:
     """Generates and prints."""
     with refusing_misuse():
+        require_one_process()
         options = options_from_flags()
         path = checkpoint_path(options)
         config = checkpoint_config(path)
@@ -66,7 +66,7 @@ def main() -> int:
     text = tokenizer.decode(tokens[0, prompt.shape[1] :])
     if options.json:
         result = {"prompt": FLAGS.prompt, "text": text, "tokens": tokens[0].tolist()}
-        Path(options.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_json(options.json, result)
     print(FLAGS.prompt + text)
     return 0
 

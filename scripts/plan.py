@@ -16,12 +16,12 @@ a stage 1 each. The same is left as a PNG, to scale. Schedules: gpipe, 1f1b, int
 zb-v.
 """
 
-import json
 import textwrap
 from pathlib import Path
 from typing import Any
 
 from llmos_tf import memory
+from llmos_tf.files.writing import write_json
 from llmos_tf.mesh import Mesh
 from llmos_tf.models.presets import get_preset
 from llmos_tf.planning import draw_png, draw_text, published_bubble, simulate, text_legend
@@ -67,7 +67,7 @@ def main() -> int:
     try:
         draw_png(schedule, png)
         if options.json:
-            Path(options.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+            write_json(options.json, result)
     except OSError as error:
         refuse(f"The picture or the JSON cannot be written: {error}. Give another --png or --json.")
     _print(schedule, result)
@@ -92,7 +92,7 @@ def _plan_memory(options: PlanOptions) -> int:
         print(f"{'on the host':{width}}" + "".join(f"{row[HOST]:16,}" for row in stages))
     if options.json:
         result = {"preset": options.preset, "mesh": str(mesh), **run, "stages": stages}
-        Path(options.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_json(options.json, result)
     return 0
 
 

@@ -1,6 +1,9 @@
 """From options to a strategy, data and a model."""
 
+import contextlib
+import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import keras
@@ -11,6 +14,8 @@ from llmos_tf import devices
 from llmos_tf.checkpoint import latest_checkpoint, load_config
 from llmos_tf.config import ModelConfig
 from llmos_tf.data import TextData
+from llmos_tf.files.locking import claimed
+from llmos_tf.files.reading import parse_json
 from llmos_tf.models import GPT, Llama, Mixtral, get_preset
 from llmos_tf.models.language_model import LanguageModel
 from llmos_tf.scripts.options import RunOptions
@@ -113,6 +118,24 @@ def evaluate_with_bar(model: LanguageModel, data: TextData, batch_size: int) -> 
         return evaluate(model, data.heldout, data.heldout_bytes, batch_size, progress)
 
 
+def require_one_process() -> None:
+    """Checks that this program was not started as one of several workers.
+
+    Raises:
+        ValueError: TF_CONFIG names more than one, or is not JSON.
+    """
+    text = os.environ.get("TF_CONFIG", "").strip()
+    config = parse_json(text, "The environment variable TF_CONFIG") if text else {}
+    cluster = config.get("cluster") if isinstance(config, dict) else None
+    jobs = cluster.values() if isinstance(cluster, dict) else ()
+    num_tasks = sum(len(tasks) for tasks in jobs if isinstance(tasks, list | dict))
+    if num_tasks > 1:
+        raise ValueError(
+            f"This program runs in one process, and TF_CONFIG names {num_tasks}. Unset TF_CONFIG, "
+            "and start it once, with a --mesh over the devices of one machine."
+        )
+
+
 def checkpoint_path(options: RunOptions) -> Path:
     """Returns the checkpoint that `--checkpoint` or `--workdir` names.
 
@@ -196,32 +219,34 @@ def _check_split(options: RunOptions, length: int) -> None:
         )
 
 
-def new_workdir(options: RunOptions) -> Path:
-    """Returns where results go; a new folder in llmos_runs/ where none is named.
+@contextlib.contextmanager
+def claimed_workdir(options: RunOptions) -> Iterator[Path]:
+    """Claims the folder where results go: a new one in llmos_runs/ where none is named.
 
     Args:
         options: of the run.
 
-    Returns:
-        The folder; it may not exist yet.
+    Yields:
+        The folder. It is removed at the end if nothing was written to it.
 
     Raises:
-        ValueError: it holds a run already, and this one does not resume it.
+        ValueError: another process trains there, or the folder holds a run already, and this one
+            does not resume it.
     """
-    if options.workdir is None:
-        return Path("llmos_runs") / f"{options.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
-    workdir = Path(options.workdir)
+    workdir = Path("llmos_runs") / f"{options.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    workdir = workdir if options.workdir is None else Path(options.workdir)
     if workdir.exists() and not workdir.is_dir():
         raise ValueError(f"--workdir={workdir} is a file. Name a folder, new or of an earlier run.")
-    latest = latest_checkpoint(workdir / "checkpoints")
-    if latest is not None and not options.resume:
-        raise ValueError(
-            f"--workdir={workdir} holds a run already, up to {latest.name}. Add --resume to go on "
-            "with it, or name another folder."
-        )
-    if latest is None and options.resume:
-        raise ValueError(
-            f"--resume: there is no checkpoint in {workdir / 'checkpoints'}. Leave --resume out to "
-            "start a run there, or name the folder of the run to go on with."
-        )
-    return workdir
+    with claimed(workdir):
+        latest = latest_checkpoint(workdir / "checkpoints")
+        if latest is not None and not options.resume:
+            raise ValueError(
+                f"--workdir={workdir} holds a run already, up to {latest.name}. Add --resume to "
+                "continue it, or name another folder."
+            )
+        if latest is None and options.resume:
+            raise ValueError(
+                f"--resume: there is no checkpoint in {workdir / 'checkpoints'}. Leave --resume "
+                "out to start a run there, or name the folder of the run to continue."
+            )
+        yield workdir

@@ -10,7 +10,7 @@ curves.png and summary.json. Ctrl-C (or SIGTERM) saves and ends; --resume goes o
     llmos-train --workdir=my_run --resume
 """
 
-import json
+import contextlib
 import shlex
 import sys
 from dataclasses import dataclass
@@ -20,9 +20,10 @@ from typing import Any
 import keras
 import numpy as np
 
-from llmos_tf.checkpoint import latest_checkpoint, restore_checkpoint, save_checkpoint
+from llmos_tf.checkpoint import restore_latest, save_checkpoint
 from llmos_tf.collectives import traffic
 from llmos_tf.data import BatchIterator, TextData, bigram_bits_per_byte, load_text_data
+from llmos_tf.files.writing import write_json
 from llmos_tf.inference import SamplingConfig, generate
 from llmos_tf.layers import TokenCrossEntropy
 from llmos_tf.models import Mixtral
@@ -30,10 +31,10 @@ from llmos_tf.models.language_model import LanguageModel
 from llmos_tf.scripts.flags import options_from_flags, refusing_misuse, start
 from llmos_tf.scripts.options import RunOptions
 from llmos_tf.scripts.setup_run import (
+    claimed_workdir,
     evaluate_with_bar,
     make_model,
     make_strategy,
-    new_workdir,
     preset_config,
     sequence_length,
 )
@@ -85,8 +86,15 @@ class TrainingRun:
 
 def main() -> int:
     """Trains, evaluates, and shows a sample."""
-    with refusing_misuse():
-        training = _prepare()
+    # The work folder stays claimed until the run ends.
+    with contextlib.ExitStack() as claim:
+        with refusing_misuse():
+            training = _prepare(claim)
+        _run(training)
+    return 0
+
+
+def _run(training: TrainingRun) -> None:
     _describe(training)
     interrupted_at = _train(training)
     workdir, options = training.workdir, training.options
@@ -97,9 +105,8 @@ def main() -> int:
             f"Stopped after step {interrupted_at}; the checkpoint is saved. Go on with:\n"
             f"  {_resume_command(workdir)}"
         )
-        return 0
+        return
     _finish(training, rows)
-    return 0
 
 
 def _resume_command(workdir: Path) -> str:
@@ -111,11 +118,11 @@ def _resume_command(workdir: Path) -> str:
     return " ".join(filter(None, (program, given, named, "--resume")))
 
 
-def _prepare() -> TrainingRun:
-    """Reads and checks everything before the first file is written."""
+def _prepare(claim: contextlib.ExitStack) -> TrainingRun:
+    """Claims the work folder, and reads and checks everything before a file is written to it."""
     options = options_from_flags()
     config = preset_config(options)
-    workdir = new_workdir(options)
+    workdir = claim.enter_context(claimed_workdir(options))
     length = sequence_length(options, config)
     data = load_text_data(options.data, options.tokenizer, length)
     if data.tokenizer.vocab_size > config.vocab_size:
@@ -131,8 +138,10 @@ def _prepare() -> TrainingRun:
     batches = BatchIterator(data.train, batch_size=options.global_batch, seed=options.seed)
     first_step = 0
     if options.resume:
-        state = restore_checkpoint(latest_checkpoint(workdir / "checkpoints"), model)
-        batches.restore(state.extra["batches"])
+        state = restore_latest(workdir / "checkpoints", model)
+        for path, reason in state.skipped:
+            print(f"Skipped the damaged checkpoint {path.name}: {reason}", file=sys.stderr)
+        batches.restore(state.extra.get("batches"))
         first_step = state.step
     return TrainingRun(
         options=options,
@@ -235,7 +244,7 @@ def _finish(run: TrainingRun, rows: list[dict[str, Any]]) -> None:
     bigram = bigram_bits_per_byte(data.train, data.heldout, data.heldout_bytes)
     summary = _summary(run, held, bigram, rows)
     for path in filter(None, (run.workdir / "summary.json", options.json)):
-        Path(path).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        write_json(path, summary)
     print(
         f"Held-out bits per byte: {held.bits_per_byte:.3f} "
         f"(a bigram model of the same text: {bigram:.3f})\n"

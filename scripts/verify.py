@@ -23,19 +23,18 @@ when all agrees, 1 when something differs or a run fails, 2 for what cannot be r
 """
 
 import importlib
-import json
 import os
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import tensorflow as tf
 import tqdm
 
 from llmos_tf import devices
+from llmos_tf.files.writing import write_json
 from llmos_tf.scripts.flags import refusing_misuse, start, verify_options_from_flags
 from llmos_tf.scripts.options import VerifyOptions
 from llmos_tf.testing import Report, Row, Verification
@@ -83,8 +82,8 @@ def main() -> int:
     report = report_of(verification, rows)
     _print_end(report)
     if options.json:
-        text = json.dumps({"model": options.model, "batches": options.batches, **report.to_dict()})
-        Path(options.json).write_text(f"{text}\n", encoding="utf-8")
+        result = {"model": options.model, "batches": options.batches, **report.to_dict()}
+        write_json(options.json, result)
     return 0 if report.agrees else 1
 
 

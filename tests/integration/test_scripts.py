@@ -1,6 +1,8 @@
 """The programs, end to end: train, resume, evaluate, generate, and what they refuse."""
 
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import pytest
 import tokenizers as hf
 from safetensors.numpy import load_file
 
+from llmos_tf.files.locking import claimed
 from llmos_tf.scripts import evaluate, generate, train
 
 pytestmark = pytest.mark.graph_optimizer
@@ -91,8 +94,13 @@ def test_resume_goes_on_bit_for_bit(finished, trained, text, tmp_path, run_progr
         with pytest.raises(Interrupted):
             run_program(train, *arguments)
     assert [row["step"] for row in metrics(workdir)] == [1, 2, 3]
+    # A newer checkpoint, which is damaged: the run says so, and takes the older one.
+    damaged = workdir / "checkpoints" / "step-00000005"
+    shutil.copytree(workdir / "checkpoints" / "step-00000003", damaged)
+    os.truncate(damaged / "optimizer.safetensors", 1000)
     done = run_program(train, *arguments, "--resume")
     assert done.status == 0, done.err
+    assert f"Skipped the damaged checkpoint step-00000005: The file {damaged}/optim" in done.err
     whole, resumed = metrics(finished), metrics(workdir)
     assert [row["loss"] for row in resumed] == [row["loss"] for row in whole]
     name = "checkpoints/step-00000006/model.safetensors"
@@ -209,6 +217,29 @@ def test_a_run_is_not_overwritten(finished, trained, run_program):
     done = run_program(train, *trained[1])
     assert done.status == 2
     assert "holds a run already" in done.err
+
+
+def test_a_folder_in_use_is_not_shared(tmp_path, run_program):
+    """Fails if two runs write to one folder, or the second does not say who holds it; or if it
+    reads data first."""
+    with claimed(tmp_path / "run"):
+        done = run_program(train, *COMMON, f"--workdir={tmp_path / 'run'}", "--data=no/such")
+    assert done.status == 2
+    assert f"run is in use by process {os.getpid()} on the host" in done.err
+
+
+@pytest.mark.parametrize("module", [evaluate, generate])
+def test_one_process_is_not_one_of_several(module, monkeypatch, run_program):
+    """Fails if each worker of a cluster evaluates by itself, as if it were all."""
+    cluster = {"worker": ["localhost:1", "localhost:2"]}
+    task = {"type": "worker", "index": 0}
+    monkeypatch.setenv("TF_CONFIG", json.dumps({"cluster": cluster, "task": task}))
+    done = run_program(module, "--checkpoint=no_such")
+    assert (done.status, "TF_CONFIG names 2" in done.err) == (2, True)
+    monkeypatch.setenv("TF_CONFIG", "{")
+    assert "TF_CONFIG is not JSON" in run_program(module, "--checkpoint=no_such").err
+    monkeypatch.setenv("TF_CONFIG", json.dumps({"cluster": {"chief": ["localhost:1"]}}))
+    assert "no_such" in run_program(module, "--checkpoint=no_such").err
 
 
 def test_a_checkpoint_of_another_model(finished, trained, text, run_program):
