@@ -1,4 +1,6 @@
-"""The error of a checkpoint that is not whole."""
+"""Errors about checkpoints."""
+
+import textwrap
 
 
 class DamagedCheckpointError(ValueError):
@@ -6,3 +8,15 @@ class DamagedCheckpointError(ValueError):
 
     An older checkpoint of the same run may be whole: `restore_latest` looks for it.
     """
+
+
+def quoted(text: str | Exception) -> str:
+    """Returns a text for a message, shortened: values in a damaged file may take megabytes.
+
+    Args:
+        text: the text, or an error with a message.
+
+    Returns:
+        At most 1,000 characters.
+    """
+    return textwrap.shorten(str(text), 1000, placeholder="...")

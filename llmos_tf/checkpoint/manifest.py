@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from llmos_tf.checkpoint.errors import DamagedCheckpointError
+from llmos_tf.checkpoint.errors import DamagedCheckpointError, quoted
 from llmos_tf.checkpoint.folders import STATE_FILE, latest_checkpoint
 from llmos_tf.checkpoint.tensor_files import DTYPES, TensorRecord
 from llmos_tf.config import ModelConfig
@@ -121,7 +121,7 @@ def read_manifest(path: str | Path) -> Manifest:
         return _from_json(content)
     except (KeyError, TypeError, ValueError) as error:
         raise DamagedCheckpointError(
-            f"{file}: a field is missing or wrong ({error}). {_REMEDY}"
+            f"{file}: a field is missing or wrong ({quoted(error)}). {_REMEDY}"
         ) from error
 
 
@@ -154,8 +154,8 @@ def load_config(path: str | Path) -> ModelConfig:
         config = ModelConfig.from_dict(manifest.config)
     except ValueError as error:
         raise ValueError(
-            f"The configuration in {file} is not one of llmos_tf.models: {error}"
-        ) from (error)
+            f"The configuration in {file} is not one of llmos_tf.models: {quoted(error)}"
+        ) from error
     # Version 1 has no checksum. A damaged size would be built before the weights are compared.
     stored = sum(math.prod(record.shape) for record in manifest.model_variables)
     if config.num_parameters() > stored:
@@ -218,7 +218,7 @@ def _record(value: dict[str, Any]) -> TensorRecord:
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
 def _require(is_right: bool, wrong: str) -> None:

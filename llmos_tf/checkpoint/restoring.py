@@ -10,6 +10,7 @@ import keras
 import tensorflow as tf
 
 from llmos_tf.checkpoint.contents import Contents, model_contents, training_contents
+from llmos_tf.checkpoint.errors import quoted
 from llmos_tf.checkpoint.folders import MODEL_FILE, OPTIMIZER_FILE
 from llmos_tf.checkpoint.manifest import Manifest, read_manifest
 from llmos_tf.checkpoint.processes import agreement_of, together
@@ -125,7 +126,7 @@ def _check_config(path: Path, stored: dict[str, Any] | None, own: dict[str, Any]
         f"Make the model with the checkpoint's configuration, {made}, or take" if stored else "Take"
     )
     raise ValueError(
-        f"The checkpoint {path} is of another model: {'; '.join(differences)}. {remedy} a "
+        f"The checkpoint {path} is of another model: {quoted('; '.join(differences))}. {remedy} a "
         "checkpoint of this model."
     )
 
@@ -145,9 +146,9 @@ def _check_model(
     difference = _difference(records, variables, "model")
     if difference:
         raise ValueError(
-            f"The checkpoint {path} is of another model: {difference}. Make the model with the "
-            "code, sizes and dtype policy of the one that was saved, or take a checkpoint of this "
-            "model."
+            f"The checkpoint {path} is of another model: {quoted(difference)}. Make the model with "
+            "the code, sizes and dtype policy of the one that was saved, or take a checkpoint of "
+            "this model."
         )
 
 
@@ -161,9 +162,10 @@ def _check_optimizer(path: Path, manifest: Manifest, contents: Contents) -> None
         )
     if difference:
         raise ValueError(
-            f"The checkpoint {path} does not fit the model's optimizer: {difference}. Compile the "
-            "model as in the run that wrote it (class, momentum, averages, accumulation, a fixed "
-            "learning rate or a schedule), or restore with weights_only=True and a new optimizer."
+            f"The checkpoint {path} does not fit the model's optimizer: {quoted(difference)}. "
+            "Compile the model as in the run that wrote it (class, momentum, averages, "
+            "accumulation, a fixed learning rate or a schedule), or restore with "
+            "weights_only=True and a new optimizer."
         )
 
 

@@ -177,12 +177,16 @@ def _metrics_row(line: bytes, where: str) -> dict[str, Any]:
         row = parse_json(line, where)
     except ValueError as error:
         raise ValueError(f"{error} {remedy}") from error
-    numbers = [row.get(key) for key in _COLUMNS] if isinstance(row, dict) else [None]
-    if not all(isinstance(number, int | float) for number in numbers):
+    if not isinstance(row, dict) or not all(_is_number(row.get(key)) for key in _COLUMNS):
         raise ValueError(
             f"{where} must be a JSON object with the numbers {', '.join(_COLUMNS)}. {remedy}"
         )
     return row
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value can be drawn: a Python integer may be larger than any float."""
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
 
 
 def draw_curves(rows: list[dict[str, Any]], path: Path, title: str) -> None:

@@ -10,6 +10,13 @@ from llmos_tf.training.reporting import RunReport, draw_curves, read_metrics
 pytestmark = pytest.mark.fast
 
 
+# A number that no float can hold.
+HUGE = (
+    '{"step": 2, "seconds": 1, "loss": 1' + "0" * 400 + ', "learning_rate": 1, "mfu": 1, '
+    '"tokens_per_second": 1}'
+)
+
+
 def report_steps(workdir, first_step, numbers):
     with RunReport(
         workdir,
@@ -75,7 +82,7 @@ def test_a_resumed_run_drops_what_it_does_again(tmp_path):
     assert [row["step"] for row in read_metrics(path)] == [1, 2, 3]
 
 
-@pytest.mark.parametrize("line", ["{", "[1]", '{"step": 2}', '{"step": "2"}', "[" * 100_000])
+@pytest.mark.parametrize("line", ["{", "[1]", '{"step": 2}', '{"step": "2"}', "[" * 100_000, HUGE])
 def test_a_damaged_line_is_named(tmp_path, line):
     """Fails if the lines after a damaged one are dropped without a word."""
     report_steps(tmp_path, 0, [1, 2, 3])
