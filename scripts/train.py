@@ -36,6 +36,7 @@ from llmos_tf.scripts.setup_run import (
     make_model,
     make_strategy,
     preset_config,
+    require_one_process,
     sequence_length,
 )
 from llmos_tf.training.evaluation import HeldOutLoss
@@ -89,6 +90,7 @@ def main() -> int:
     # The work folder stays claimed until the run ends.
     with contextlib.ExitStack() as claim:
         with refusing_misuse():
+            require_one_process()
             training = _prepare(claim)
         _run(training)
     return 0

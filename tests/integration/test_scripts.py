@@ -228,18 +228,19 @@ def test_a_folder_in_use_is_not_shared(tmp_path, run_program):
     assert f"run is in use by process {os.getpid()} on the host" in done.err
 
 
-@pytest.mark.parametrize("module", [evaluate, generate])
+@pytest.mark.parametrize("module", [train, evaluate, generate])
 def test_one_process_is_not_one_of_several(module, monkeypatch, run_program):
-    """Fails if each worker of a cluster evaluates by itself, as if it were all."""
+    """Fails if each worker of a cluster trains or evaluates by itself, as if it were all."""
     cluster = {"worker": ["localhost:1", "localhost:2"]}
     task = {"type": "worker", "index": 0}
     monkeypatch.setenv("TF_CONFIG", json.dumps({"cluster": cluster, "task": task}))
-    done = run_program(module, "--checkpoint=no_such")
+    wrong = "--preset=no_such" if module is train else "--checkpoint=no_such"
+    done = run_program(module, wrong)
     assert (done.status, "TF_CONFIG names 2" in done.err) == (2, True)
     monkeypatch.setenv("TF_CONFIG", "{")
-    assert "TF_CONFIG is not JSON" in run_program(module, "--checkpoint=no_such").err
+    assert "TF_CONFIG is not JSON" in run_program(module, wrong).err
     monkeypatch.setenv("TF_CONFIG", json.dumps({"cluster": {"chief": ["localhost:1"]}}))
-    assert "no_such" in run_program(module, "--checkpoint=no_such").err
+    assert "no_such" in run_program(module, wrong).err
 
 
 def test_a_checkpoint_of_another_model(finished, trained, text, run_program):
