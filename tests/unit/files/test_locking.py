@@ -72,6 +72,25 @@ def test_threads_take_turns(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_file_of_a_holder_that_ended_is_no_lock(tmp_path, monkeypatch):
+    """Fails if a process locks the file that the last holder has just removed, and the next one
+    another file of that name."""
+    flock = fcntl.flock
+
+    def flock_after_removal(descriptor, operation):
+        monkeypatch.setattr(fcntl, "flock", flock)
+        (tmp_path / LOCK_FILE).unlink()
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock_after_removal)
+    with (
+        locked(tmp_path, 60.0, ""),
+        pytest.raises(FolderInUseError),
+        locked(tmp_path, 0.0, ""),
+    ):
+        raise AssertionError("locked twice")
+
+
 def test_waiting_has_an_end(tmp_path):
     """Fails if a holder that does not end is waited for for ever, or not at all."""
     begin = time.monotonic()

@@ -1,6 +1,7 @@
 """Writes: a file is there as a whole, or as it was, and the error names it."""
 
 import errno
+import json
 import os
 import resource
 import threading
@@ -20,13 +21,18 @@ def listing(folder):
 
 
 def test_a_file_is_replaced_as_a_whole(tmp_path):
-    """Fails if the content is another one, a link becomes a file, or a temporary file is left."""
+    """Fails if the content is another one, a reader sees half of it, a link becomes a file, or a
+    temporary file is left."""
     path, link = tmp_path / "sub" / "out.json", tmp_path / "link.json"
     path.parent.mkdir()
     link.symlink_to(path)
     for value in ({"a": 1}, {"a": [2.5, "é"]}):
         write_json(link, value)
-        assert path.read_text() == write_json.__globals__["json"].dumps(value, indent=2) + "\n"
+        assert json.loads(path.read_text()) == value
+    with path.open() as reader:
+        write_json(link, 3)
+        # As a whole, it is another file.
+        assert json.loads(reader.read()) == value
     assert link.is_symlink()
     assert listing(path.parent) == ["out.json"]
     (tmp_path / "ordinary").write_text("")
