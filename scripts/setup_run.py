@@ -21,7 +21,7 @@ from llmos_tf.models.language_model import LanguageModel
 from llmos_tf.scripts.options import RunOptions
 from llmos_tf.strategies import MeshStrategy
 from llmos_tf.training.evaluation import HeldOutLoss, evaluate
-from llmos_tf.training.reporting import bar_interval
+from llmos_tf.training.reporting import bar_interval, read_metrics
 
 _MODELS: tuple[type[LanguageModel], ...] = (GPT, Llama, Mixtral)
 
@@ -231,7 +231,7 @@ def claimed_workdir(options: RunOptions) -> Iterator[Path]:
 
     Raises:
         ValueError: another process trains there, or the folder holds a run already, and this one
-            does not resume it.
+            does not resume it, or its metrics.jsonl is damaged.
     """
     workdir = Path("llmos_runs") / f"{options.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
     workdir = workdir if options.workdir is None else Path(options.workdir)
@@ -249,4 +249,7 @@ def claimed_workdir(options: RunOptions) -> Iterator[Path]:
                 f"--resume: there is no checkpoint in {workdir / 'checkpoints'}. Leave --resume "
                 "out to start a run there, or name the folder of the run to continue."
             )
+        if options.resume and (metrics := workdir / "metrics.jsonl").exists():
+            # Found damaged now, and not after the model is built.
+            read_metrics(metrics)
         yield workdir

@@ -172,6 +172,7 @@ TRAIN_MISUSE = {
     "long sequences": (["--seq_len=129"], ["--seq_len=129", "128"]),
     "resume nothing": (["--resume", "--workdir=no_such_run"], ["no checkpoint", "no_such_run"]),
     "json": (["--json=no/such/out.json"], ["--json", "does not exist"]),
+    "json is a folder": (["--json=.."], ["--json", "is a folder"]),
 }
 
 
@@ -217,6 +218,16 @@ def test_a_run_is_not_overwritten(finished, trained, run_program):
     done = run_program(train, *trained[1])
     assert done.status == 2
     assert "holds a run already" in done.err
+
+
+def test_damaged_metrics_are_found_first(tmp_path, run_program):
+    """Fails if a resumed run reads data and builds a model before it has a traceback."""
+    checkpoint = tmp_path / "checkpoints" / "step-00000001"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "state.json").write_text("")
+    (tmp_path / "metrics.jsonl").write_text("{\n")
+    done = run_program(train, *COMMON, f"--workdir={tmp_path}", "--resume", "--data=no/such")
+    assert (done.status, "metrics.jsonl, line 1 is not JSON" in done.err) == (2, True)
 
 
 def test_a_folder_in_use_is_not_shared(tmp_path, run_program):
