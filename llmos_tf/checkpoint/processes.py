@@ -16,7 +16,7 @@ _ERRORS = {error.__name__: error for error in (DamagedCheckpointError, ValueErro
 
 
 def agreement_of(model: keras.Model) -> Agreement | None:
-    """Returns the line between the processes that a model is trained by.
+    """Returns the `Agreement` between the processes that train a model.
 
     Args:
         model: any Keras model.
@@ -28,13 +28,13 @@ def agreement_of(model: keras.Model) -> Agreement | None:
 
 
 def together(agreement: Agreement | None, work: Callable[[], _Result]) -> _Result:
-    """Does some work in every process, and raises in all of them where it fails in one.
+    """Runs a function in every process, and raises in all of them if it fails in one.
 
-    Otherwise those in which it succeeds would go on, and wait for ever for the one that has ended.
+    Otherwise the others would continue, and wait for ever for the process that has ended.
 
     Args:
-        agreement: between the processes; None where there is one.
-        work: the same in each.
+        agreement: as `agreement_of` returns it.
+        work: the function; every process calls `together` with the same one.
 
     Returns:
         What it returned in this process.
