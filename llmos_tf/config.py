@@ -4,7 +4,7 @@ A configuration knows how many parameters its model has and how many operations 
 without a model being built and without TensorFlow, so that planning and the scripts can use it.
 """
 
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, ClassVar
@@ -13,6 +13,8 @@ __all__ = ["GPTConfig", "LlamaConfig", "MixtralConfig", "ModelConfig"]
 
 # Activations of a gated feed-forward block; "gelu" is the tanh approximation.
 ACTIVATIONS = ("silu", "gelu")
+# A Python integer may be larger.
+_LARGEST = sys.float_info.max
 
 
 def _check_integer(name: str, value: Any) -> None:
@@ -23,13 +25,13 @@ def _check_integer(name: str, value: Any) -> None:
 
 def _check_positive(name: str, value: Any) -> None:
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value <= 0:
+    if not number or not 0 < value <= _LARGEST:
         raise ValueError(f"`{name}` is a positive number. Received: {name}={value!r}.")
 
 
 def _check_not_negative(name: str, value: Any) -> None:
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value < 0:
+    if not number or not 0 <= value <= _LARGEST:
         raise ValueError(f"`{name}` is zero or a positive number. Received: {name}={value!r}.")
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import matplotlib.figure
 import numpy as np
 
+from llmos_tf.files.pictures import write_png
 from llmos_tf.scripts.benchmark_options import BenchmarkOptions
 from llmos_tf.scripts.benchmark_process import RunProcesses
 
@@ -182,7 +183,7 @@ def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     )
     axes.set_title(title, fontsize=9)
     axes.grid(axis="x", alpha=0.3)
-    figure.savefig(path, dpi=120)
+    write_png(path, figure, dpi=120)
 
 
 def _row(

@@ -108,10 +108,13 @@ def check_folder_of(name: str, path: str | None) -> None:
         path: of the file, or None for none.
 
     Raises:
-        ValueError: its folder does not exist, or a picture has another ending than .png.
+        ValueError: its folder does not exist, it is a folder itself, or a picture has another
+            ending than .png.
     """
     if name == "png" and path and not path.endswith(".png"):
         raise ValueError(f"--png={path} is not the name of a .png file.")
+    if path and Path(path).is_dir():
+        raise ValueError(f"--{name}={path} is a folder. Name a file in it.")
     if path and not Path(path).absolute().parent.is_dir():
         raise ValueError(
             f"--{name}={path}: the folder {Path(path).absolute().parent} does not exist. Make it "

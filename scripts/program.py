@@ -7,9 +7,9 @@ neither TensorFlow nor Keras, so that help and errors in flags come at once. The
 
 import contextlib
 import difflib
+import errno
 import importlib
 import io
-import json
 import os
 import signal
 import sys
@@ -21,6 +21,8 @@ from typing import Any
 
 from absl import app, flags
 
+from llmos_tf.files.locking import FolderInUseError
+from llmos_tf.files.reading import parse_json
 from llmos_tf.models.presets import PRESETS
 from llmos_tf.scripts import flags as own_flags
 from llmos_tf.scripts.flags import FLAGS
@@ -67,6 +69,13 @@ class Program:
         except KeyboardInterrupt:
             print(f"\n{_name()}: stopped.", file=sys.stderr)
             return 130
+        except FolderInUseError as error:
+            refuse(str(error))
+        except OSError as error:
+            if error.filename is None:
+                raise
+            # A full disk, say: nothing that a traceback would explain.
+            refuse(f"{error}. {_remedy_of(error)}")
 
     def _parse(self, argv: list[str]) -> Any:
         if any(arg in _HELP for arg in argv[1:]):
@@ -154,16 +163,24 @@ def _name() -> str:
     return f"llmos-{Path(sys.argv[0]).stem.removeprefix('llmos-')}"
 
 
+def _remedy_of(error: OSError) -> str:
+    """What to do about a file that cannot be read or written."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "Free space on its disk, or write to another one."
+    return "Check the file and its folder, or name another file."
+
+
 def _refuse_cluster() -> None:
     """Finds a TF_CONFIG of several processes, each of which would do all the work by itself."""
     text = os.environ.get("TF_CONFIG", "")
     try:
-        cluster = json.loads(text or "{}").get("cluster") or {}
+        config = parse_json(text.strip() or "{}", "Its value")
+        cluster = config.get("cluster") or {}
         tasks = sum(len(addresses) for addresses in cluster.values())
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(
-            f"The environment variable TF_CONFIG cannot be read: {error}. Unset it: this program "
-            f"runs in one process. Received: {text}"
+            f"The environment variable TF_CONFIG cannot be read: {str(error).rstrip('.')}. "
+            f"Unset it: this program runs in one process. Received: {textwrap.shorten(text, 1000)}"
         ) from error
     if tasks > 1:
         jobs = ", ".join(f"{len(addresses)} {job}" for job, addresses in cluster.items())

@@ -5,12 +5,15 @@ The programs that read a checkpoint take its settings from here, and compare fla
 
 import hashlib
 import os
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmos_tf.checkpoint import latest_checkpoint, load_config
+from llmos_tf.checkpoint import SkippedCheckpoint, latest_checkpoint, load_config
+from llmos_tf.checkpoint.choosing import read_newest
+from llmos_tf.checkpoint.folders import RUN_FOLDER
 from llmos_tf.checkpoint.manifest import read_manifest
 from llmos_tf.config import ModelConfig
 from llmos_tf.data import TextData
@@ -53,6 +56,7 @@ class Record:
 
         Raises:
             FileNotFoundError: there is nothing at the path.
+            DamagedCheckpointError: its description is damaged.
             ValueError: it is not a checkpoint of one of the project's models.
         """  # noqa: DOC502
         manifest = read_manifest(path)
@@ -63,6 +67,24 @@ class Record:
             settings=manifest.extra.get("options"),
             text=manifest.extra.get("text"),
         )
+
+    @classmethod
+    def newest(cls, workdir: Path) -> tuple["Record", tuple[SkippedCheckpoint, ...]]:
+        """Reads the record of the newest checkpoint of a run whose description is whole.
+
+        Args:
+            workdir: the folder of the run.
+
+        Returns:
+            The record, and the newer checkpoints, which are damaged.
+
+        Raises:
+            FileNotFoundError: there is no checkpoint.
+            DamagedCheckpointError: all of them are damaged.
+            ValueError: it is not a checkpoint of one of the project's models.
+        """  # noqa: DOC502
+        _, record, skipped = read_newest(workdir / RUN_FOLDER, cls.read)
+        return record, skipped
 
     def values(self, flags: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the settings of a run that takes those of the checkpoint where no flag is given.
@@ -246,6 +268,16 @@ def hash_of(tokenizer: str | Path | None) -> str | None:
             f"tokenizer.json, or --tokenizer={BYTES}."
         )
     return hashlib.sha256(Path(tokenizer).read_bytes()).hexdigest()
+
+
+def report_skipped(skipped: Iterable[SkippedCheckpoint]) -> None:
+    """Prints which checkpoints are damaged, and why.
+
+    Args:
+        skipped: the checkpoints.
+    """
+    for path, reason in skipped:
+        print(f"Skipped the damaged checkpoint {path.name}: {reason}", file=sys.stderr)
 
 
 def checkpoint_of(given: str | None) -> Path:

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from llmos_tf.checkpoint import latest_checkpoint
+from llmos_tf.checkpoint.folders import RUN_FOLDER, STATE_FILE
 from llmos_tf.config import ModelConfig
 from llmos_tf.mesh import Mesh
 from llmos_tf.models.presets import get_preset
 from llmos_tf.scripts import flags
 from llmos_tf.scripts.options import GenerateOptions, RunOptions
-from llmos_tf.scripts.recorded import BYTES, Record, checkpoint_of
+from llmos_tf.scripts.recorded import BYTES, Record, checkpoint_of, report_skipped
 
 RUNS = Path("llmos_runs")
 _FIELDS = tuple(RunOptions.__dataclass_fields__)
@@ -42,7 +43,7 @@ def train_options() -> RunOptions | None:
         workdir = _new_workdir(values["workdir"], values["preset"])
         return _with_length(RunOptions(**values | {"workdir": str(workdir)}), config)
     workdir = _workdir_to_resume(values["workdir"])
-    record = Record.read(latest_checkpoint(workdir / "checkpoints"))
+    record, skipped = Record.newest(workdir)
     given = flags.given(_FIELDS)
     record.refuse_contradictions(given, _OF_THE_RUN)
     values = record.values(values, given) | {"workdir": str(workdir)}
@@ -51,6 +52,7 @@ def train_options() -> RunOptions | None:
         changes = record.changes(options)
         print(f"Resuming {record.path}{', with changed settings: ' if changes else ''}{changes}")
         return options
+    report_skipped(skipped)
     print(
         f"Nothing is left to train in {workdir}: {record.path.name} has done all {options.steps} "
         f"steps. Add --steps=N with N above {record.step} to train further.\n"
@@ -117,6 +119,31 @@ def sequence_length(options: RunOptions, config: ModelConfig) -> int:
     if options.mesh is not None:
         _check_split(options, length)
     return length
+
+
+def check_workdir(workdir: Path, resume: bool) -> None:
+    """Checks that a folder holds a run to resume, or none where a run begins.
+
+    Args:
+        workdir: the folder; it may not exist.
+        resume: whether its run is resumed.
+
+    Raises:
+        ValueError: it is a file, holds a run that is not resumed, or no run to resume.
+    """
+    if workdir.exists() and not workdir.is_dir():
+        raise ValueError(f"--workdir={workdir} is a file. Name a folder, new or of an earlier run.")
+    latest = latest_checkpoint(workdir / RUN_FOLDER)
+    if latest is not None and not resume:
+        raise ValueError(
+            f"--workdir={workdir} holds a run already, up to {latest.name}. Add --resume to "
+            "continue it, or name another folder."
+        )
+    if latest is None and resume:
+        raise ValueError(
+            f"--resume: there is no checkpoint in {workdir / RUN_FOLDER}. Leave --resume out to "
+            "start a run there, or name the folder of the run to continue."
+        )
 
 
 def _values() -> dict[str, Any]:
@@ -188,29 +215,18 @@ def _new_workdir(given: str | None, preset: str) -> Path:
     """The folder of a run that begins, which holds no run yet."""
     if given is None:
         return RUNS / f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}"
-    workdir = _folder(given)
-    latest = latest_checkpoint(workdir / "checkpoints")
-    if latest is not None:
-        raise ValueError(
-            f"--workdir={workdir} holds a run already, up to {latest.name}. Add --resume to "
-            "continue it, or name another folder."
-        )
-    return workdir
+    check_workdir(Path(given), resume=False)
+    return Path(given)
 
 
 def _workdir_to_resume(given: str | None) -> Path:
     """The folder of the run to resume: the one that is given, or that of the newest checkpoint."""
     if given is not None:
-        workdir = _folder(given)
-        if latest_checkpoint(workdir / "checkpoints") is None:
-            raise ValueError(
-                f"--resume: there is no checkpoint in {workdir / 'checkpoints'}. Leave --resume "
-                "out to start a run there, or name the folder of the run to continue."
-            )
-        return workdir
+        check_workdir(Path(given), resume=True)
+        return Path(given)
     states = [
-        latest / "state.json"
-        for folder in RUNS.glob("*/checkpoints")
+        latest / STATE_FILE
+        for folder in RUNS.glob(f"*/{RUN_FOLDER}")
         if (latest := latest_checkpoint(folder)) is not None
     ]
     if not states:
@@ -220,10 +236,3 @@ def _workdir_to_resume(given: str | None) -> Path:
         )
     newest = max(states, key=lambda state: state.stat().st_mtime)
     return newest.parent.parent.parent
-
-
-def _folder(given: str) -> Path:
-    workdir = Path(given)
-    if workdir.exists() and not workdir.is_dir():
-        raise ValueError(f"--workdir={workdir} is a file. Name a folder, new or of an earlier run.")
-    return workdir

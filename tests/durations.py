@@ -27,6 +27,7 @@ BUDGETS: dict[str, dict[str, float]] = {
         "tests/unit/checkpoint": 50,
         "tests/unit/collectives": 60,
         "tests/unit/data": 10,
+        "tests/unit/files": 10,
         "tests/unit/graph": 10,
         "tests/unit/inference": 40,
         "tests/unit/layers": 95,

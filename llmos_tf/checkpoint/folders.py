@@ -1,12 +1,14 @@
-"""Folders of checkpoints: their names, how one appears, and how old ones go."""
+"""Folders of checkpoints: their names, how one appears, and how old ones are removed."""
 
 import contextlib
-import os
 import re
 import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+
+from llmos_tf.files.locking import locked
+from llmos_tf.files.writing import sync_folder
 
 STATE_FILE = "state.json"
 MODEL_FILE = "model.safetensors"
@@ -14,9 +16,14 @@ OPTIMIZER_FILE = "optimizer.safetensors"
 # Folder of the checkpoints in the workdir of a run of llmos-train.
 RUN_FOLDER = "checkpoints"
 
-# Of a folder that is being written or removed. Never the name of a checkpoint.
+# Prefixes of a folder that is being written or removed, which is never a checkpoint, ...
 _WRITING = ".writing-"
 _REMOVING = ".removing-"
+# ... and of a whole checkpoint that a new one of the same step is about to replace.
+_REPLACED = ".replaced-"
+
+# Seconds that a save waits for another one in the same folder.
+_WAIT = 600.0
 
 
 def step_name(step: int) -> str:
@@ -38,14 +45,17 @@ def list_checkpoints(directory: Path) -> list[tuple[int, Path]]:
         directory: a folder, which may not exist.
 
     Returns:
-        Steps and paths. What has another name, or no `state.json`, is none.
+        Steps and paths of the folders named so, damaged ones too.
     """
-    found = []
-    for path in directory.iterdir() if directory.is_dir() else ():
-        match = re.fullmatch(r"step-(\d+)", path.name)
-        if match and path.name == step_name(int(match[1])) and (path / STATE_FILE).is_file():
-            found.append((int(match[1]), path))
-    return sorted(found)
+    found = {}
+    # Sorted, so that the checkpoint under the step's name comes after one that it replaces. Only
+    # that one is there where a process was killed between the two renames of `_replace`.
+    for path in sorted(directory.iterdir()) if directory.is_dir() else ():
+        name = _final_name(path) if path.name.startswith(_REPLACED) else path.name
+        match = re.fullmatch(r"step-(\d+)", name)
+        if match and name == step_name(int(match[1])) and path.is_dir():
+            found[int(match[1])] = path
+    return sorted(found.items())
 
 
 def latest_checkpoint(directory: str | Path) -> Path | None:
@@ -57,79 +67,105 @@ def latest_checkpoint(directory: str | Path) -> Path | None:
             may not exist.
 
     Returns:
-        Its path, or None where there is no checkpoint.
+        Its path, or None where there is no checkpoint. A folder without `state.json` is none.
 
     Example:
         >>> latest_checkpoint("run")
         PosixPath('run/step-00000120')
     """
     directory = Path(directory)
-    if (directory / STATE_FILE).is_file():
+    if (directory / STATE_FILE).exists():
         return directory
-    found = list_checkpoints(directory / RUN_FOLDER) or list_checkpoints(directory)
-    return found[-1][1] if found else None
+    found = _with_state(directory / RUN_FOLDER) or _with_state(directory)
+    return found[-1] if found else None
+
+
+@contextlib.contextmanager
+def writing_alone(directory: Path) -> Iterator[None]:
+    """Keeps other writers out of a folder, after it has removed what a killed one left there.
+
+    Args:
+        directory: the folder of the checkpoints; created if missing.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        FolderInUseError: another process is still saving there after ten minutes.
+    """  # noqa: DOC502
+    directory.mkdir(parents=True, exist_ok=True)
+    remedy = f"This save has waited {_WAIT:.0f} s. End that process, or save to another folder."
+    with locked(directory, _WAIT, remedy) as is_locked:
+        if is_locked:
+            _recover(directory)
+        yield
 
 
 @contextlib.contextmanager
 def appearing(final: Path) -> Iterator[Path]:
-    """Lets a folder appear complete or not at all.
+    """Creates a folder that appears complete or not at all.
 
     Args:
-        final: where it shall be. A folder of that name is replaced, after the new one is complete.
+        final: its path. A folder of that name is replaced, after the new one is complete.
 
     Yields:
         A temporary folder beside it to write into. When the context ends it gets the final name;
         on an exception it is removed, and all else is as it was.
     """
     temporary = _beside(final, _WRITING)
-    temporary.mkdir(parents=True)
+    temporary.mkdir()
     try:
         yield temporary
         sync_folder(temporary)
         _replace(final, temporary)
     finally:
         # Where all went well it has the final name by now, and nothing is left to remove.
-        shutil.rmtree(temporary, ignore_errors=True)
+        _delete(temporary)
     sync_folder(final.parent)
 
 
 def remove_older(directory: Path, newest: Path, keep: int | None) -> None:
-    """Removes the oldest checkpoints, and what an interrupted run left half-written.
+    """Removes the oldest checkpoints.
 
     Args:
         directory: the folder of the checkpoints.
         newest: the one that was just written, which stays whatever its step is.
         keep: how many stay, at least 1; None for all.
     """
-    others = [path for _, path in list_checkpoints(directory) if path != newest]
+    others = [path for path in _with_state(directory) if path != newest]
     num_removed = 0 if keep is None else max(0, len(others) - (keep - 1))
     for path in others[:num_removed]:
         # Renamed first: half a removal leaves no half a checkpoint.
-        path.rename(_beside(path, _REMOVING))
-    for path in directory.iterdir():
-        if path.name.startswith((f"{_WRITING}step-", f"{_REMOVING}step-")):
-            shutil.rmtree(path, ignore_errors=True)
+        _delete(path.rename(_beside(path, _REMOVING)))
 
 
-def sync_folder(path: Path) -> None:
-    """Waits until the names in a folder are on disk.
+def _with_state(directory: Path) -> list[Path]:
+    """The checkpoints in a folder that have a `state.json`, the lowest step first."""
+    return [path for _, path in list_checkpoints(directory) if (path / STATE_FILE).exists()]
 
-    Args:
-        path: the folder.
-    """
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+
+def _recover(directory: Path) -> None:
+    """Removes or renames what processes that were killed have left. Nobody else writes here."""
+    for path in list(directory.iterdir()):
+        if path.name.startswith(f"{_REPLACED}step-"):
+            final = path.with_name(_final_name(path))
+            if not final.exists():
+                path.rename(final)
+                continue
+        elif not path.name.startswith((f"{_WRITING}step-", f"{_REMOVING}step-")):
+            continue
+        _delete(path)
 
 
 def _replace(final: Path, complete: Path) -> None:
-    """Renames a complete folder; one that is in the way is put aside, and back if that fails."""
+    """Renames a complete folder; one that is in the way is put aside, and back if that fails.
+
+    A process may be killed between the renames: `list_checkpoints` and `_recover` know the name.
+    """
     if not final.exists():
         complete.rename(final)
         return
-    aside = _beside(final, _REMOVING)
+    aside = _beside(final, _REPLACED)
     try:
         final.rename(aside)
         complete.rename(final)
@@ -137,8 +173,20 @@ def _replace(final: Path, complete: Path) -> None:
         if aside.exists() and not final.exists():
             aside.rename(final)
         raise
-    shutil.rmtree(aside, ignore_errors=True)
+    _delete(aside)
+
+
+def _delete(folder: Path) -> None:
+    """Removes a folder that is no checkpoint any more, as far as the file system allows."""
+    # Over NFS a file that somebody still reads stays for a while. `_recover` tries again.
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _beside(path: Path, prefix: str) -> Path:
-    return path.with_name(f"{prefix}{path.name}-{uuid.uuid4().hex[:8]}")
+    """A path for the same checkpoint in another state; no other process has the name."""
+    return path.with_name(f"{prefix}{_final_name(path)}-{uuid.uuid4().hex[:8]}")
+
+
+def _final_name(path: Path) -> str:
+    """The name without what `_beside` adds, such as ".replaced-" and "-0a1b2c3d"."""
+    return re.sub(r"^\.[a-z]+-(.*)-[0-9a-f]+$", r"\1", path.name)

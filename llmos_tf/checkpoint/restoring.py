@@ -1,5 +1,6 @@
 """Reading a checkpoint into a model, on any mesh, after everything was checked."""
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,8 +10,10 @@ import keras
 import tensorflow as tf
 
 from llmos_tf.checkpoint.contents import Contents, model_contents, training_contents
+from llmos_tf.checkpoint.errors import quoted
 from llmos_tf.checkpoint.folders import MODEL_FILE, OPTIMIZER_FILE
 from llmos_tf.checkpoint.manifest import Manifest, read_manifest
+from llmos_tf.checkpoint.processes import agreement_of, together
 from llmos_tf.checkpoint.records import TensorRecord
 from llmos_tf.checkpoint.tensor_files import read_tensors
 from llmos_tf.config import ModelConfig
@@ -40,13 +43,16 @@ def restore_checkpoint(
 ) -> RestoredState:
     """Gives a model, and its optimizer, the values of a checkpoint.
 
-    The model may lie on another mesh than the one that wrote the checkpoint, or on one device.
+    The model may be on another mesh than the one that wrote the checkpoint, or on one device.
     Configuration, names, shapes, dtypes and the files' bytes are checked before the first value is
     assigned, so that after an error the model is what it was.
 
+    Under `MultiWorkerMeshStrategy` all processes call it, and all read the files. What fails in one
+    of them is an error in all.
+
     Args:
         path: a checkpoint, see `latest_checkpoint`.
-        model: a built Keras model, made by the same code as the one that was saved.
+        model: a built Keras model, created by the same code as the one that was saved.
         weights_only: leaves the optimizer out, for evaluation and generation.
         optimizer: for a custom loop around a model that is not compiled; None takes that of
             `model.compile`. One without state yet gets its state.
@@ -56,14 +62,36 @@ def restore_checkpoint(
 
     Raises:
         FileNotFoundError: there is nothing at the path.
-        ValueError: it is not a checkpoint, a damaged one, or one of another model or optimizer.
+        DamagedCheckpointError: it is not a checkpoint, or a damaged one.
+        ValueError: it is one of another model or optimizer, or of a newer version.
 
     Example:
         >>> state = restore_checkpoint(latest_checkpoint("run"), model)
         >>> batches.restore(state.extra["batches"])
     """  # noqa: DOC502
     path = Path(path)
-    manifest = read_manifest(path)
+    agreement = agreement_of(model)
+    manifest = together(agreement, lambda: read_manifest(path))
+    if agreement is not None:
+        digest = hashlib.sha256(repr(manifest).encode()).hexdigest()
+        agreement.require_same("checkpoint", f"step {manifest.step}, digest {digest[:16]}")
+    files = together(agreement, lambda: _verified(path, manifest, model, weights_only, optimizer))
+    for file, records, variables in files:
+        for name, value in read_tensors(file, records):
+            # The full value stays on the host; a rank takes its part.
+            with tf.device("CPU:0"):
+                variables[name].assign(value)
+    return RestoredState(manifest.step, manifest.extra)
+
+
+def _verified(
+    path: Path,
+    manifest: Manifest,
+    model: keras.Model,
+    weights_only: bool,
+    optimizer: keras.optimizers.Optimizer | None,
+) -> list[tuple[Path, list[TensorRecord], dict[str, keras.Variable]]]:
+    """Files with their records and the variables that take them, after everything was checked."""
     contents = model_contents(model)
     _check_config(path, manifest.config, contents.config)
     _check_model(path, manifest.model_variables, contents.model_variables)
@@ -78,18 +106,7 @@ def restore_checkpoint(
         # The bytes are read twice, so that they are never all in memory.
         for _ in read_tensors(file, records):
             pass
-    for file, records, variables in files:
-        _assign(file, records, variables)
-    return RestoredState(manifest.step, manifest.extra)
-
-
-def _assign(
-    file: Path, records: Sequence[TensorRecord], variables: Mapping[str, keras.Variable]
-) -> None:
-    for name, value in read_tensors(file, records):
-        # The full value stays on the host; a rank takes its part.
-        with tf.device("CPU:0"):
-            variables[name].assign(value)
+    return files
 
 
 def _check_config(path: Path, stored: dict[str, Any] | None, own: dict[str, Any] | None) -> None:
@@ -110,7 +127,7 @@ def _check_config(path: Path, stored: dict[str, Any] | None, own: dict[str, Any]
         f"Make the model with the checkpoint's configuration, {made}, or take" if stored else "Take"
     )
     raise ValueError(
-        f"The checkpoint {path} is of another model: {'; '.join(differences)}. {remedy} a "
+        f"The checkpoint {path} is of another model: {quoted('; '.join(differences))}. {remedy} a "
         "checkpoint of this model."
     )
 
@@ -130,9 +147,9 @@ def _check_model(
     difference = _difference(records, variables, "model")
     if difference:
         raise ValueError(
-            f"The checkpoint {path} is of another model: {difference}. Make the model with the "
-            "code, sizes and dtype policy of the one that was saved, or take a checkpoint of this "
-            "model."
+            f"The checkpoint {path} is of another model: {quoted(difference)}. Make the model with "
+            "the code, sizes and dtype policy of the one that was saved, or take a checkpoint of "
+            "this model."
         )
 
 
@@ -146,9 +163,10 @@ def _check_optimizer(path: Path, manifest: Manifest, contents: Contents) -> None
         )
     if difference:
         raise ValueError(
-            f"The checkpoint {path} does not fit the model's optimizer: {difference}. Compile the "
-            "model as in the run that wrote it (class, momentum, averages, accumulation, a fixed "
-            "learning rate or a schedule), or restore with weights_only=True and a new optimizer."
+            f"The checkpoint {path} does not fit the model's optimizer: {quoted(difference)}. "
+            "Compile the model as in the run that wrote it (class, momentum, averages, "
+            "accumulation, a fixed learning rate or a schedule), or restore with "
+            "weights_only=True and a new optimizer."
         )
 
 

@@ -19,24 +19,11 @@ import numpy as np
 import tensorflow as tf
 from safetensors import SafetensorError, safe_open
 
-from llmos_tf.checkpoint.records import TensorRecord
+from llmos_tf.checkpoint.errors import DamagedCheckpointError
+from llmos_tf.checkpoint.records import DTYPES, TensorRecord
+from llmos_tf.files.errors import naming
+from llmos_tf.files.reading import require_regular
 
-# Keras dtype -> name in the format.
-_CODES = {
-    "float64": "F64",
-    "float32": "F32",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "int64": "I64",
-    "int32": "I32",
-    "int16": "I16",
-    "int8": "I8",
-    "uint64": "U64",
-    "uint32": "U32",
-    "uint16": "U16",
-    "uint8": "U8",
-    "bool": "BOOL",
-}
 _ALIGNMENT = 8
 
 
@@ -50,9 +37,9 @@ def check_dtypes(variables: Mapping[str, keras.Variable]) -> None:
         ValueError: a dtype that files do not take.
     """
     for name, variable in variables.items():
-        if variable.dtype not in _CODES:
+        if variable.dtype not in DTYPES:
             raise ValueError(
-                f"A checkpoint stores the dtypes {', '.join(_CODES)}. Received: the variable "
+                f"A checkpoint stores the dtypes {', '.join(DTYPES)}. Received: the variable "
                 f"{name} of dtype {variable.dtype}."
             )
 
@@ -69,18 +56,30 @@ def write_tensors(path: Path, variables: Mapping[str, keras.Variable]) -> list[T
 
     Raises:
         ValueError: a dtype that files do not take.
+        OSError: the file cannot be written, as on a full disk; the error names it.
     """  # noqa: DOC502
     check_dtypes(variables)
-    # Wide elements first: then each tensor lies at a multiple of its element's size.
-    order = sorted(variables, key=lambda name: -_itemsize(variables[name].dtype))
+    order = file_order(variables)
     records = {}
-    with path.open("wb") as file:
+    with naming(path), path.open("wb") as file:
         file.write(_header([(name, variables[name]) for name in order]))
         for name in order:
             records[name] = _write_tensor(file, name, variables[name])
         file.flush()
         os.fsync(file.fileno())
     return [records[name] for name in variables]
+
+
+def file_order(variables: Mapping[str, keras.Variable]) -> list[str]:
+    """Returns names in the order in which `write_tensors` fetches and writes their values.
+
+    Args:
+        variables: name to variable.
+
+    Returns:
+        Wide elements first: then each tensor begins at a multiple of its element's size.
+    """
+    return sorted(variables, key=lambda name: -_itemsize(variables[name].dtype))
 
 
 def read_tensors(path: Path, records: Sequence[TensorRecord]) -> Iterator[tuple[str, np.ndarray]]:
@@ -94,18 +93,23 @@ def read_tensors(path: Path, records: Sequence[TensorRecord]) -> Iterator[tuple[
         Names and values, in the order of `records`.
 
     Raises:
-        ValueError: the file is missing, cut off, changed, or another one.
-    """
+        DamagedCheckpointError: the file is missing, cut off, changed, or another one.
+        OSError: the file cannot be read; the error names it.
+    """  # noqa: DOC503
     try:
-        with safe_open(path, framework="np") as file:
+        require_regular(path)
+        with naming(path), safe_open(path, framework="np") as file:
             if set(file.keys()) != {record.name for record in records}:
-                raise ValueError(_damage(path, "it holds other variables than state.json lists"))
+                raise _damage(path, "it holds other variables than state.json lists")
             for record in records:
                 yield record.name, _checked(path, record, file.get_tensor(record.name))
     except FileNotFoundError:
-        raise ValueError(_damage(path, "it is missing")) from None
-    except SafetensorError as error:
-        raise ValueError(_damage(path, str(error))) from error
+        raise _damage(path, "it is missing") from None
+    except DamagedCheckpointError:
+        raise
+    # What is no dtype of numpy is a TypeError or a KeyError of the package.
+    except (SafetensorError, ValueError, TypeError, KeyError, OverflowError) as error:
+        raise _damage(path, str(error)) from error
 
 
 def _write_tensor(file: BinaryIO, name: str, variable: keras.Variable) -> TensorRecord:
@@ -119,9 +123,9 @@ def _write_tensor(file: BinaryIO, name: str, variable: keras.Variable) -> Tensor
 def _checked(path: Path, record: TensorRecord, value: np.ndarray) -> np.ndarray:
     if (value.shape, value.dtype.name) != (record.shape, record.dtype):
         found = f"{value.dtype.name} {list(value.shape)}"
-        raise ValueError(_damage(path, f"{record.name} is {found} in it"))
+        raise _damage(path, f"{record.name} is {found} in it")
     if zlib.crc32(_bytes_of(value)) != record.crc32:
-        raise ValueError(_damage(path, f"the bytes of {record.name} have changed"))
+        raise _damage(path, f"the bytes of {record.name} have changed")
     return value
 
 
@@ -129,10 +133,10 @@ def _bytes_of(value: np.ndarray) -> memoryview:
     return np.ascontiguousarray(value).reshape(-1).view(np.uint8).data
 
 
-def _damage(path: Path, what: str) -> str:
-    return (
-        f"The file {path} is not what the checkpoint's state.json says: {what}. Copy the "
-        "checkpoint again, or take another one."
+def _damage(path: Path, what: str) -> DamagedCheckpointError:
+    return DamagedCheckpointError(
+        f"The file {path} is not what the checkpoint's state.json says: {what.rstrip('.')}. Copy "
+        "the checkpoint again, or take another one."
     )
 
 
@@ -147,7 +151,7 @@ def _header(variables: Sequence[tuple[str, keras.Variable]]) -> bytes:
         shape = [int(length) for length in variable.shape]
         end = begin + math.prod(shape) * _itemsize(variable.dtype)
         entries[name] = {
-            "dtype": _CODES[variable.dtype],
+            "dtype": DTYPES[variable.dtype],
             "shape": shape,
             "data_offsets": [begin, end],
         }

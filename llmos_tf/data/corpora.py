@@ -7,12 +7,13 @@ library. `load_corpus` says which files those are.
 from __future__ import annotations
 
 import glob
-import json
 import os
 import platform
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
+
+from llmos_tf.files.reading import parse_json, read_bytes
 
 # Left out of the default corpus. Tests: many Linux packages of Python ship without them, so the
 # corpus would differ between machines of one Python version. Encodings: a hundred near-copies of
@@ -88,8 +89,8 @@ def load_corpus(spec: str, heldout_fraction: float = 0.05) -> Corpus:
 
     Raises:
         FileNotFoundError: if no file matches `spec`.
-        ValueError: if `heldout_fraction` is out of range, a file is not UTF-8 text or not valid
-            JSONL, or there is too little text to split.
+        ValueError: if `heldout_fraction` is out of range, a file is not a regular one, not UTF-8
+            text or not valid JSONL, or there is too little text to split.
 
     Example:
         >>> corpus = load_corpus("stdlib")
@@ -162,7 +163,7 @@ def _read_stdlib(root: Path) -> list[str]:
     for path in sorted(paths, key=lambda path: path.relative_to(root).as_posix()):
         try:
             # Bytes, not text mode: the corpus keeps its line ends, and their bytes are counted.
-            documents.append(path.read_bytes().decode("utf-8"))
+            documents.append(read_bytes(path).decode("utf-8"))
         except UnicodeDecodeError:
             continue
     return documents
@@ -173,7 +174,8 @@ def _matching_files(spec: str) -> tuple[list[Path], str]:
     pattern = os.path.expanduser(spec)
     # A file whose name has brackets in it is a path first and a pattern second.
     matches = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
-    files = [Path(match) for match in matches if os.path.isfile(match)]
+    # A FIFO or a device among them is refused when it is read, by name.
+    files = [Path(match) for match in matches if not os.path.isdir(match)]
     found = f"only folders, such as {matches[0]!r}" if matches else "nothing"
     return files, f"{len(files)} files" if files else found
 
@@ -181,7 +183,7 @@ def _matching_files(spec: str) -> tuple[list[Path], str]:
 def _read_text(path: Path) -> str:
     """Returns a file's text without a byte order mark, its line ends as they are."""
     try:
-        return path.read_bytes().decode("utf-8-sig")
+        return read_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{path} is not UTF-8 text: {error.reason} at byte {error.start}. Convert it "
@@ -198,9 +200,9 @@ def _read_jsonl(path: Path) -> list[str]:
             continue
         expected = 'each line must be a JSON string, or an object with a string under "text".'
         try:
-            value = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(f"{path}, line {number} is not JSON ({error}); {expected}") from error
+            value = parse_json(line, f"{path}, line {number}")
+        except ValueError as error:
+            raise ValueError(f"{error} Of a .jsonl file {expected}") from error
         text = value.get("text") if isinstance(value, dict) else value
         if not isinstance(text, str):
             shown = line.strip()

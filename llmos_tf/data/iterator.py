@@ -110,6 +110,8 @@ class BatchIterator(Iterator[Batch]):
             ValueError: if the state belongs to other data, another batch size or another way of
                 reading them, or is not a state.
         """
+        if not isinstance(state, Mapping):
+            raise ValueError(f"A state of a BatchIterator is a mapping. Received: {state!r}.")
         identity = self._identity()
         if missing := sorted({"epoch", "position", "seed", *identity} - set(state)):
             raise ValueError(

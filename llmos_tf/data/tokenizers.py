@@ -6,16 +6,22 @@ Two of them: bytes, which need no file and lose nothing, and any tokenizer that 
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 import tokenizers as hf_tokenizers
 
+from llmos_tf.files.reading import read_bytes
+
 # The names under which public tokenizers mark the end of a document, in the order of trial:
 # GPT-2 and its kin, LLaMA 1 and 2, Llama 3, BERT, Gemma.
 _END_OF_DOCUMENT_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "[SEP]", "<eos>")
+# The largest public ones have some 40 MB.
+_MAX_BYTES = 2**28
+_MAX_ID = np.iinfo(np.int32).max
 _HINT = "Give the path of a Hugging Face tokenizer.json, or no tokenizer to read text as bytes."
 
 
@@ -152,18 +158,25 @@ class FileTokenizer:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._path = os.fspath(path)
         if not os.path.exists(path):
-            raise FileNotFoundError(f"There is no tokenizer file {os.fspath(path)!r}. {_HINT}")
-        self._tokenizer = _read_tokenizer(path)
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+            raise FileNotFoundError(f"There is no tokenizer file {self._path!r}. {_HINT}")
+        self._tokenizer = _read_tokenizer(self._path)
+        with self._naming_the_file():
+            self._tokenizer.no_truncation()
+            self._tokenizer.no_padding()
+            vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         # The largest id and not the number of entries: the ids of some files have gaps.
         self._vocab_size = max(vocabulary.values(), default=-1) + 1
+        if self._vocab_size > _MAX_ID:
+            raise ValueError(
+                f"The ids of a tokenizer must be less than {_MAX_ID:,}. Received: "
+                f"{self._vocab_size - 1:,} in {self._path!r}."
+            )
         present = [name for name in _END_OF_DOCUMENT_NAMES if name in vocabulary]
         if not present:
             raise ValueError(
-                f"The tokenizer {os.fspath(path)!r} ({len(vocabulary)} tokens) has no token that "
+                f"The tokenizer {self._path!r} ({len(vocabulary)} tokens) has no token that "
                 f"ends a document: none of {', '.join(_END_OF_DOCUMENT_NAMES)}. Add one of them "
                 "to its added_tokens."
             )
@@ -187,8 +200,13 @@ class FileTokenizer:
 
         Returns:
             Token ids, int32 `[tokens]`.
-        """
-        return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+
+        Raises:
+            ValueError: if the file's rules cannot be applied to the text.
+        """  # noqa: DOC502
+        with self._naming_the_file():
+            encoded = self._tokenizer.encode(text, add_special_tokens=False)
+        return np.asarray(encoded.ids, np.int32)
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
         """Returns the text of tokens.
@@ -198,10 +216,14 @@ class FileTokenizer:
 
         Returns:
             The text.
-        """
+
+        Raises:
+            ValueError: if the file's rules cannot be applied to the tokens.
+        """  # noqa: DOC502
         ids = np.asarray(tokens, np.int64)
-        # The file need not mark the token as special; the package drops only those.
-        return self._tokenizer.decode(ids[ids != self._end_of_document].tolist())
+        with self._naming_the_file():
+            # The file need not mark the token as special; the package drops only those.
+            return self._tokenizer.decode(ids[ids != self._end_of_document].tolist())
 
     def num_bytes(self, text: str) -> int:
         """Returns the number of UTF-8 bytes of a text, however it is cut into tokens.
@@ -213,6 +235,18 @@ class FileTokenizer:
             The number of bytes.
         """
         return len(text.encode("utf-8"))
+
+    @contextlib.contextmanager
+    def _naming_the_file(self) -> Iterator[None]:
+        """Errors of the package name the file, whose content may be damaged."""
+        try:
+            yield
+        except BaseException as error:
+            if not _is_of_the_package(error):
+                raise
+            raise ValueError(
+                f"The tokenizer {self._path!r} cannot process this: {error}."
+            ) from error
 
 
 def load_tokenizer(path: str | os.PathLike[str] | None) -> Tokenizer:
@@ -233,10 +267,19 @@ def load_tokenizer(path: str | os.PathLike[str] | None) -> Tokenizer:
     return ByteTokenizer() if path is None else FileTokenizer(path)
 
 
-def _read_tokenizer(path: str | os.PathLike[str]) -> hf_tokenizers.Tokenizer:
+def _read_tokenizer(path: str) -> hf_tokenizers.Tokenizer:
     """Returns the parsed file; its errors name the file, which the package's do not."""
-    name = os.fspath(path)
     try:
-        return hf_tokenizers.Tokenizer.from_file(name)
-    except Exception as error:  # The package raises plain Exception, whatever is wrong.
-        raise ValueError(f"{name!r} is not a tokenizer file ({error}). {_HINT}") from error
+        return hf_tokenizers.Tokenizer.from_buffer(read_bytes(path, _MAX_BYTES))
+    except OSError:
+        raise
+    except BaseException as error:
+        if not _is_of_the_package(error):
+            raise
+        raise ValueError(f"{path!r} is not a tokenizer file ({error}). {_HINT}") from error
+
+
+def _is_of_the_package(error: BaseException) -> bool:
+    """Whether an error is about the content of the file."""
+    # A failed check in the package's Rust code is a BaseException, of a class that has no module.
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"

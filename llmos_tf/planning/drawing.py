@@ -7,6 +7,7 @@ import matplotlib.colors
 import matplotlib.figure
 import matplotlib.patches
 
+from llmos_tf.files.pictures import write_png
 from llmos_tf.planning.bubbles import published_bubble
 from llmos_tf.planning.schedules import Op, Schedule
 from llmos_tf.planning.simulation import Timeline, simulate
@@ -95,7 +96,10 @@ def draw_png(schedule: Schedule, path: Path) -> None:
     Args:
         schedule: what to draw.
         path: of the picture.
-    """
+
+    Raises:
+        OSError: it cannot be written, as on a full disk; the error names it.
+    """  # noqa: DOC502
     timeline = simulate(schedule)
     stages = range(schedule.num_stages)
     width = min(max(9.0, 0.32 * timeline.total_time + 2), 40)
@@ -121,7 +125,7 @@ def draw_png(schedule: Schedule, path: Path) -> None:
     figure.legend(
         handles=_handles(schedule), loc="outside lower center", ncols=7, frameon=False, fontsize=9
     )
-    figure.savefig(path, dpi=150)
+    write_png(path, figure, dpi=150)
 
 
 def _draw_ops(

@@ -10,7 +10,14 @@ import matplotlib.figure
 import tensorflow as tf
 import tqdm
 
+from llmos_tf.files.errors import naming
+from llmos_tf.files.pictures import write_png
+from llmos_tf.files.reading import parse_json, read_bytes
+from llmos_tf.files.writing import write_bytes
+
 _SCALARS = ("loss", "learning_rate", "tokens_per_second", "mfu")
+# What every line of metrics.jsonl has.
+_COLUMNS = ("step", "seconds", *_SCALARS)
 
 
 class RunReport:
@@ -59,8 +66,9 @@ class RunReport:
     def __exit__(self, *exception: object) -> None:
         if self._bar is not None:
             self._bar.close()
-        self._file.close()
         self._writer.close()
+        with naming(self._path):
+            self._file.close()
 
     def step(self, step: int, loss: float, learning_rate: float, **scalars: float) -> None:
         """Reports one step, just ended.
@@ -70,7 +78,10 @@ class RunReport:
             loss: in nats a token.
             learning_rate: with which it updated.
             **scalars: what else is to be kept of it, by name.
-        """
+
+        Raises:
+            OSError: metrics.jsonl cannot be written, as on a full disk; the error names it.
+        """  # noqa: DOC502
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
         rate = self._tokens_per_step / seconds
@@ -83,8 +94,9 @@ class RunReport:
             "mfu": rate * self._flops_per_token / self._peak_flops,
             **scalars,
         }
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        with naming(self._path):
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
         with self._writer.as_default(step):
             for name in (*_SCALARS, *scalars):
                 if not (self._is_first and name in ("tokens_per_second", "mfu")):
@@ -132,7 +144,7 @@ class RunReport:
         if not self._path.exists():
             return
         rows = [row for row in read_metrics(self._path) if row["step"] <= first_step]
-        self._path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        write_bytes(self._path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 def bar_interval() -> float:
@@ -164,14 +176,32 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
     Returns:
         One dict a step.
-    """
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not a regular file, or a line is not a step.
+    """  # noqa: DOC502
+    *lines, _ = read_bytes(path).split(b"\n")
+    return [_metrics_row(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
+
+
+def _metrics_row(line: bytes, where: str) -> dict[str, Any]:
+    """A step of metrics.jsonl, with the numbers that the pictures and the summary need."""
+    remedy = "Rename the file: the run can go on without it."
+    try:
+        row = parse_json(line, where)
+    except ValueError as error:
+        raise ValueError(f"{error} {remedy}") from error
+    if not isinstance(row, dict) or not all(_is_number(row.get(key)) for key in _COLUMNS):
+        raise ValueError(
+            f"{where} must be a JSON object with the numbers {', '.join(_COLUMNS)}. {remedy}"
+        )
+    return row
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value can be drawn: a Python integer may be larger than any float."""
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
 
 
 def draw_curves(
@@ -190,7 +220,10 @@ def draw_curves(
         baseline: loss of a bigram model on the held-out text, nats per token; None to leave it out.
         heldout: loss of the model on the held-out text after the last step, nats per token; None
             while there is none.
-    """
+
+    Raises:
+        OSError: the picture cannot be written, as on a full disk; the error names it.
+    """  # noqa: DOC502
     figure = matplotlib.figure.Figure(figsize=(10, 4), layout="constrained")
     figure.suptitle(title)
     steps = [row["step"] for row in rows]
@@ -216,7 +249,7 @@ def draw_curves(
     right.set(xlabel="step", ylabel="tokens per second", title="Speed", ylim=(0, None))
     for axes in (left, right):
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    write_png(path, figure, dpi=120)
 
 
 def _median(values) -> float:

@@ -1,7 +1,6 @@
 """The work of llmos-benchmark: `scripts.benchmark` has its help and flags."""
 
 import contextlib
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 import tensorflow as tf
 import tqdm
 
+from llmos_tf.files.writing import write_json
 from llmos_tf.scripts import benchmark_report
 from llmos_tf.scripts.benchmark_options import BenchmarkOptions
 from llmos_tf.scripts.benchmark_process import RunProcesses
@@ -75,7 +75,7 @@ def _write(
             "pairs": pairs,
             "ratios": benchmark_report.all_ratios(rows),
         }
-        Path(options.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_json(options.json, result)
     if options.png:
         config = options.workload.config
         title = (

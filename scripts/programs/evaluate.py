@@ -1,10 +1,10 @@
 """The work of llmos-evaluate: `scripts.evaluate` has its help and flags."""
 
-import json
 import sys
 from pathlib import Path
 
 from llmos_tf.checkpoint import restore_checkpoint
+from llmos_tf.files.writing import write_json
 from llmos_tf.scripts.options import RunOptions
 from llmos_tf.scripts.program import refusing_misuse
 from llmos_tf.scripts.programs.setup_run import (
@@ -51,7 +51,7 @@ def main(options: RunOptions) -> int:
         "bigram_bits_per_byte": data.bigram_bits_per_byte,
     }
     if options.json:
-        Path(options.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_json(options.json, result)
     print(
         f"{path}, step {step}: {held.bits_per_byte:.3f} bits per byte on {held.num_bytes:,} bytes "
         f"held out of {data.corpus_name} (loss {held.loss:.4f} a token; a bigram model of bytes: "

@@ -1,6 +1,5 @@
 """The work of llmos-generate: `scripts.generate` has its help and flags."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +7,7 @@ import numpy as np
 from llmos_tf.checkpoint import restore_checkpoint
 from llmos_tf.config import ModelConfig
 from llmos_tf.data import Tokenizer
+from llmos_tf.files.writing import write_json
 from llmos_tf.inference import generate
 from llmos_tf.scripts.options import GenerateOptions
 from llmos_tf.scripts.printable import printable
@@ -47,7 +47,7 @@ def main(options: GenerateOptions) -> int:
     text = tokenizer.decode(tokens[0, prompt.shape[1] :])
     if run.json:
         result = {"prompt": options.prompt, "text": text, "tokens": tokens[0].tolist()}
-        Path(run.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_json(run.json, result)
     whole = options.prompt + text
     print(whole if options.raw else printable(whole))
     return 0

@@ -1,11 +1,11 @@
 """The work of llmos-plan: `scripts.plan` has its help and flags. No TensorFlow."""
 
-import json
 import textwrap
 from pathlib import Path
 from typing import Any
 
 from llmos_tf.config import ModelConfig
+from llmos_tf.files.writing import write_json
 from llmos_tf.planning import draw_png, draw_text, published_bubble, simulate, text_legend
 from llmos_tf.planning.memory_model import HOST, KINDS
 from llmos_tf.planning.schedules import Schedule, make_schedule
@@ -57,7 +57,7 @@ def _draw_schedule(options: PlanOptions) -> None:
 
 def _write(options: PlanOptions, result: dict[str, Any]) -> None:
     if options.json:
-        Path(options.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_json(options.json, result)
 
 
 # --- memory ---------------------------------------------------------------------------------------

@@ -1,7 +1,10 @@
 """From options to devices, a strategy, data and a model."""
 
+import contextlib
 import math
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import keras
 import tensorflow as tf
@@ -10,13 +13,14 @@ import tqdm
 from llmos_tf import devices
 from llmos_tf.config import ModelConfig
 from llmos_tf.data import TextData, Tokenizer, load_text_data, load_tokenizer
+from llmos_tf.files.locking import claimed
 from llmos_tf.models import GPT, PRESETS, Llama, Mixtral
 from llmos_tf.models.language_model import LanguageModel
 from llmos_tf.scripts.options import RunOptions
-from llmos_tf.scripts.settings import sequence_length
+from llmos_tf.scripts.settings import check_workdir, sequence_length
 from llmos_tf.strategies import MeshStrategy
 from llmos_tf.training.evaluation import HeldOutLoss, evaluate
-from llmos_tf.training.reporting import bar_interval
+from llmos_tf.training.reporting import bar_interval, read_metrics
 
 _MODELS: tuple[type[LanguageModel], ...] = (GPT, Llama, Mixtral)
 
@@ -40,6 +44,31 @@ def with_mesh(options: RunOptions) -> RunOptions:
         return options
     gpus = len(tf.config.list_physical_devices("GPU"))
     return replace(options, mesh=f"data={gpus}" if gpus else "data=2,tensor=2")
+
+
+@contextlib.contextmanager
+def claimed_workdir(options: RunOptions) -> Iterator[Path]:
+    """Claims the folder of a training run, where no other process may write meanwhile.
+
+    Args:
+        options: of the run.
+
+    Yields:
+        The folder. It is removed at the end if nothing was written to it.
+
+    Raises:
+        FolderInUseError: another process trains there.
+        ValueError: the folder holds a run already, and this one does not resume it, or its
+            metrics.jsonl is damaged.
+    """  # noqa: DOC502
+    workdir = Path(options.workdir)
+    with claimed(workdir):
+        # Again: another process may have trained there since the flags were checked.
+        check_workdir(workdir, options.resume)
+        if options.resume and (metrics := workdir / "metrics.jsonl").exists():
+            # Found damaged now, and not after the model is built.
+            read_metrics(metrics)
+        yield workdir
 
 
 def read_tokenizer(options: RunOptions, config: ModelConfig) -> Tokenizer:

@@ -1,9 +1,8 @@
 """The work of llmos-train: `scripts.train` has its help and flags."""
 
-import json
+import contextlib
 import math
 import shlex
-import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -13,9 +12,12 @@ from typing import Any
 import keras
 import numpy as np
 
-from llmos_tf.checkpoint import latest_checkpoint, restore_checkpoint, save_checkpoint
+from llmos_tf.checkpoint import restore_latest, save_checkpoint
+from llmos_tf.checkpoint.folders import RUN_FOLDER
 from llmos_tf.collectives import traffic
 from llmos_tf.data import BatchIterator, TextData
+from llmos_tf.files.reading import read_bytes
+from llmos_tf.files.writing import write_bytes, write_json
 from llmos_tf.inference import SamplingConfig, generate
 from llmos_tf.layers import TokenCrossEntropy
 from llmos_tf.models import Mixtral, get_preset
@@ -25,13 +27,20 @@ from llmos_tf.scripts.options import RunOptions
 from llmos_tf.scripts.printable import printable
 from llmos_tf.scripts.program import refusing_misuse
 from llmos_tf.scripts.programs.setup_run import (
+    claimed_workdir,
     evaluate_with_bar,
     make_model,
     make_strategy,
     read_text,
     with_mesh,
 )
-from llmos_tf.scripts.recorded import TOKENIZER_FILE, Record, describe_text, to_record
+from llmos_tf.scripts.recorded import (
+    TOKENIZER_FILE,
+    Record,
+    describe_text,
+    report_skipped,
+    to_record,
+)
 from llmos_tf.training.evaluation import HeldOutLoss
 from llmos_tf.training.flops import describe_peak, peak_flops
 from llmos_tf.training.interrupt import GracefulStop
@@ -68,8 +77,16 @@ def main(options: RunOptions) -> int:
     Returns:
         Exit status 0.
     """
-    with refusing_misuse():
-        training = _prepare(with_mesh(options))
+    # The folder stays claimed until the run ends.
+    with contextlib.ExitStack() as claim:
+        with refusing_misuse():
+            workdir = claim.enter_context(claimed_workdir(options))
+            training = _prepare(with_mesh(options), workdir)
+        _run(training)
+    return 0
+
+
+def _run(training: TrainingRun) -> None:
     _describe(training)
     interrupted_at = _train(training)
     if interrupted_at is not None:
@@ -78,9 +95,8 @@ def main(options: RunOptions) -> int:
             f"Stopped after step {interrupted_at}; the checkpoint is saved. To continue:\n"
             f"  {_resume_command(training.workdir)}"
         )
-        return 0
+        return
     _finish(training)
-    return 0
 
 
 def _resume_command(workdir: Path) -> str:
@@ -90,12 +106,9 @@ def _resume_command(workdir: Path) -> str:
     return f"{program} --workdir={shlex.quote(str(workdir))} --resume"
 
 
-def _prepare(options: RunOptions) -> TrainingRun:
-    """Reads and checks everything before the first file is written."""
-    workdir = Path(options.workdir)
-    record = None
-    if options.resume:
-        record = Record.read(latest_checkpoint(workdir / "checkpoints"))
+def _prepare(options: RunOptions, workdir: Path) -> TrainingRun:
+    """Reads and checks everything before a file is written to the folder."""
+    record = Record.newest(workdir)[0] if options.resume else None
     config = get_preset(options.preset) if record is None else record.config
     data = read_text(options, config)
     if record is not None:
@@ -107,8 +120,11 @@ def _prepare(options: RunOptions) -> TrainingRun:
     batches = BatchIterator(data.train, batch_size=options.global_batch, seed=options.seed)
     first_step = 0
     if record is not None:
-        state = restore_checkpoint(record.path, model)
-        batches.restore(state.extra["batches"])
+        state = restore_latest(workdir / RUN_FOLDER, model)
+        report_skipped(state.skipped)
+        if state.path != record.path:
+            print(f"Resuming {state.path} instead.")
+        batches.restore(state.extra.get("batches"))
         first_step = state.step
     return TrainingRun(
         options=options,
@@ -223,13 +239,12 @@ def _keep_tokenizer(run: TrainingRun) -> None:
     """Copies the tokenizer into the folder of the run, which can then be moved."""
     copy = run.workdir / TOKENIZER_FILE
     if run.options.tokenizer is not None and not copy.exists():
-        run.workdir.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(run.options.tokenizer, copy)
+        write_bytes(copy, read_bytes(run.options.tokenizer))
 
 
 def _save(run: TrainingRun, step: int, record: dict[str, Any]) -> None:
     save_checkpoint(
-        run.workdir / "checkpoints",
+        run.workdir / RUN_FOLDER,
         run.model,
         step=step,
         extra={"batches": run.batches.state(), **record},
@@ -252,7 +267,7 @@ def _finish(run: TrainingRun) -> None:
     _draw(run, held.loss)
     summary = _summary(run, held, read_metrics(run.workdir / "metrics.jsonl"))
     for path in filter(None, (run.workdir / "summary.json", options.json)):
-        Path(path).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        write_json(path, summary)
     print(
         f"Held-out bits per byte: {held.bits_per_byte:.3f} "
         f"(a bigram model of the same text: {data.bigram_bits_per_byte:.3f})\n"

@@ -1,19 +1,18 @@
 """The work of llmos-verify: `scripts.verify` has its help and flags."""
 
 import importlib
-import json
 import os
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import tensorflow as tf
 import tqdm
 
 from llmos_tf import devices
+from llmos_tf.files.writing import write_json
 from llmos_tf.scripts.options import VerifyOptions
 from llmos_tf.scripts.program import refusing_misuse
 from llmos_tf.testing import Report, Row, Verification
@@ -49,8 +48,8 @@ def main(options: VerifyOptions) -> int:
     report = report_of(verification, rows)
     _print_end(report)
     if options.json:
-        text = json.dumps({"model": options.model, "batches": options.batches, **report.to_dict()})
-        Path(options.json).write_text(f"{text}\n", encoding="utf-8")
+        result = {"model": options.model, "batches": options.batches, **report.to_dict()}
+        write_json(options.json, result)
     return 0 if report.agrees else 1
 
 

@@ -6,6 +6,7 @@ The run that most tests read has a tokenizer of its own, of 8,000 tokens. Runs o
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 import tokenizers as hf
 from safetensors.numpy import load_file
 
+from llmos_tf.files.locking import claimed
 from llmos_tf.scripts import evaluate, generate, train
 from llmos_tf.scripts.programs import train as work
 from llmos_tf.training.flops import describe_peak
@@ -118,8 +120,17 @@ def test_resume_goes_on_bit_for_bit(finished, trained, tmp_path, run_program):
     assert done.status == 0, done.err
     assert f"--workdir={workdir} --resume" in done.out
     assert [row["step"] for row in metrics(workdir)] == [1, 2, 3]
+    # Newer checkpoints, which are damaged: the run says so, and takes the older one.
+    checkpoints = workdir / "checkpoints"
+    for step, file in ((5, "optimizer.safetensors"), (7, "state.json")):
+        shutil.copytree(checkpoints / "step-00000003", checkpoints / f"step-0000000{step}")
+        os.truncate(checkpoints / f"step-0000000{step}" / file, 1000)
     done = run_program(train, "--resume", f"--workdir={workdir}")
     assert done.status == 0, done.err
+    assert f"Skipped the damaged checkpoint step-00000007: {checkpoints}/step-00" in done.err
+    damaged = checkpoints / "step-00000005"
+    assert f"Skipped the damaged checkpoint step-00000005: The file {damaged}/optim" in done.err
+    assert f"Resuming {checkpoints / 'step-00000003'} instead." in done.out
     whole, resumed = metrics(finished), metrics(workdir)
     assert [row["loss"] for row in resumed] == [row["loss"] for row in whole]
     name = "checkpoints/step-00000006/model.safetensors"
@@ -197,6 +208,7 @@ TRAIN_MISUSE = {
     "long sequences": (["--seq_len=129"], ["--seq_len=129", "128"]),
     "resume nothing": (["--resume", "--workdir=no_such_run"], ["no checkpoint", "no_such_run"]),
     "json": (["--json=no/such/out.json"], ["--json", "does not exist"]),
+    "json is a folder": (["--json=.."], ["--json", "is a folder"]),
 }
 
 
@@ -243,6 +255,24 @@ def test_a_run_is_not_overwritten(finished, trained, run_program):
     done = run_program(train, *trained[1])
     assert done.status == 2
     assert "holds a run already" in done.err
+
+
+def test_damaged_metrics_are_found_first(finished, tmp_path, run_program):
+    """Fails if a resumed run reads data and builds a model before it has a traceback."""
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run" / "metrics.jsonl").write_text("{\n")
+    arguments = (f"--workdir={tmp_path / 'run'}", "--steps=7", "--resume")
+    done = run_program(train, *COMMON, *arguments)
+    assert (done.status, "metrics.jsonl, line 1 is not JSON" in done.err) == (2, True)
+
+
+def test_a_folder_in_use_is_not_shared(tmp_path, run_program):
+    """Fails if two runs write to one folder, or the second does not say who holds it; or if it
+    reads data first."""
+    with claimed(tmp_path / "run"):
+        done = run_program(train, *COMMON, f"--workdir={tmp_path / 'run'}", "--data=no/such")
+    assert done.status == 2
+    assert f"run is in use by process {os.getpid()} on the host" in done.err
 
 
 def test_what_does_not_fit_a_checkpoint(finished, trained, text, tmp_path, run_program):

@@ -10,6 +10,7 @@ import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+import errno
 import faulthandler
 import hashlib
 import json
@@ -23,7 +24,15 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from llmos_tf import Mesh, devices
+from llmos_tf import Mesh, _internal, devices
+from llmos_tf.checkpoint import (
+    DamagedCheckpointError,
+    restore_checkpoint,
+    restore_latest,
+    restoring,
+    save_checkpoint,
+    saving,
+)
 from llmos_tf.layers import TokenCrossEntropy
 from llmos_tf.models import GPT, GPTConfig
 from llmos_tf.strategies import MultiWorkerMeshStrategy
@@ -272,6 +281,55 @@ def check_a_save_that_fails():
         raise AssertionError("saved")
     except OSError as error:
         assert "there is no folder" in str(error)
+
+
+def full_disk(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a file")
+
+
+def damaged_in_worker_1(original, folder):
+    def read_tensors(path, records):
+        if TASK == 1 and path.parent == folder:
+            raise DamagedCheckpointError("a bad sector")
+        return original(path, records)
+
+    return read_tensors
+
+
+def check_checkpoints():
+    """Catches two writers of a checkpoint, a shard stored for the whole, and a process that waits
+    for ever for one that could not write or read."""
+    folder, strategy = FOLDER / "steps", MultiWorkerMeshStrategy(Mesh(fsdp=4))
+    with strategy.scope():
+        model = build_mlp(adamw())
+    model.fit(*features()[:2], 4, verbose=0)
+    saved = [variable.numpy() for variable in [*model.variables, *model.optimizer.variables]]
+    paths = [save_checkpoint(folder, model, step=step) for step in (1, 2)]
+    # Of one process: no other one may go on.
+    with _internal.patched({(saving, "write_tensors"): lambda f: f if TASK else full_disk}):
+        try:
+            save_checkpoint(folder, model, step=3)
+            raise AssertionError("saved")
+        except OSError as error:
+            assert "No space left on device: 'a file'" in str(error), error
+    strategy.agreement.from_all("")
+    assert sorted(path.name for path in folder.iterdir()) == [path.name for path in paths]
+    one_device = build_mlp(adamw())
+    for restored in (one_device, model):
+        restored.set_weights([np.zeros_like(value) for value in restored.get_weights()])
+        restore_checkpoint(paths[1], restored)
+        found = [*restored.variables, *restored.optimizer.variables]
+        same(saved, [variable.numpy() for variable in found])
+    damage = {(restoring, "read_tensors"): lambda f: damaged_in_worker_1(f, paths[1])}
+    with _internal.patched(damage):
+        state = restore_latest(folder, model)
+    assert (state.step, len(state.skipped)) == (1, 1)
+    assert "a bad sector" in state.skipped[0].reason
+    try:
+        restore_checkpoint(paths[TASK], model)
+        raise AssertionError("restored")
+    except ValueError as error:
+        assert "the same checkpoint" in str(error), error
 
 
 def check_unlike_meshes():

@@ -149,8 +149,15 @@ BUGS = (
     Bug(
         "a checkpoint loses the state of the data",
         "llmos_tf/checkpoint/saving.py",
-        "            extra=extra,\n            model_variables",
-        "            extra={},\n            model_variables",
+        "                extra=extra,\n                model_variables",
+        "                extra={},\n                model_variables",
+        ("tests/unit/checkpoint",),
+    ),
+    Bug(
+        "damage of a checkpoint's step and options is not seen",
+        "llmos_tf/checkpoint/manifest.py",
+        "    if has_checksum and written != checksum(content):",
+        "    if has_checksum and written is None:",
         ("tests/unit/checkpoint",),
     ),
     Bug(

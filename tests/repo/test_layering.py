@@ -19,6 +19,7 @@ RANKS = {
     "llmos_tf.mesh": 0,  # numpy only
     "llmos_tf.process": 0,  # no TensorFlow
     "llmos_tf.data": 0,  # no TensorFlow
+    "llmos_tf.files": 0,  # no TensorFlow
     "llmos_tf._internal": 0,  # every private import of TensorFlow and Keras
     "llmos_tf.planning": 1,  # no TensorFlow
     "llmos_tf.devices": 1,
@@ -52,11 +53,14 @@ RANKS = {
 
 # Modules that need no TensorFlow: programs answer --help and plan a run without waiting for it.
 WITHOUT_TENSORFLOW = (
+    "llmos_tf.checkpoint.choosing",
+    "llmos_tf.checkpoint.errors",
     "llmos_tf.checkpoint.folders",
     "llmos_tf.checkpoint.manifest",
     "llmos_tf.checkpoint.records",
     "llmos_tf.config",
     "llmos_tf.data",
+    "llmos_tf.files",
     "llmos_tf.mesh",
     "llmos_tf.options",
     "llmos_tf.planning",

@@ -26,7 +26,7 @@ FOLDERS = {
     "scripts": "llmos_tf/scripts",
 }
 # Modules of llmos_tf that users have no business with, beside those with an underscore.
-INNER = {"coordination", "graph", "options", "process", "rematerialisation", "spmd"}
+INNER = {"coordination", "files", "graph", "options", "process", "rematerialisation", "spmd"}
 
 
 def setup_cfg() -> configparser.ConfigParser:

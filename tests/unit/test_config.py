@@ -231,6 +231,7 @@ BAD_VALUES = [
     (GPT, "num_heads", 3),
     (GPT, "layer_norm_epsilon", 0.0),
     (GPT, "layer_norm_epsilon", float("nan")),
+    (GPT, "layer_norm_epsilon", 10**400),
     (LLAMA, "num_kv_heads", 3),
     (LLAMA, "num_kv_heads", 0),
     (LLAMA, "head_dim", 3),
@@ -242,8 +243,8 @@ BAD_VALUES = [
     (LLAMA, "activation", "relu"),
     *[(MIXTRAL, "num_experts", bad) for bad in (0, 2.0, 1)],
     *[(MIXTRAL, "num_experts_per_token", bad) for bad in (0, 5, True)],
-    *[(MIXTRAL, "capacity_factor", bad) for bad in (0, -1.0, "1", float("inf"))],
-    *[(MIXTRAL, "load_balance_weight", bad) for bad in (-0.1, None, float("nan"))],
+    *[(MIXTRAL, "capacity_factor", bad) for bad in (0, -1.0, "1", float("inf"), 10**400)],
+    *[(MIXTRAL, "load_balance_weight", bad) for bad in (-0.1, None, float("nan"), 10**400)],
     (MIXTRAL, "router_z_weight", -1),
     (MIXTRAL, "num_kv_heads", 3),
 ]

@@ -1,6 +1,8 @@
 """Errors: one paragraph that names the difference, and a model that is what it was."""
 
+import contextlib
 import json
+import os
 import shutil
 
 import keras
@@ -8,7 +10,13 @@ import numpy as np
 import pytest
 
 from llmos_tf import Mesh
-from llmos_tf.checkpoint import load_config, restore_checkpoint, save_checkpoint
+from llmos_tf.checkpoint import (
+    DamagedCheckpointError,
+    load_config,
+    restore_checkpoint,
+    save_checkpoint,
+)
+from llmos_tf.checkpoint.manifest import checksum
 from llmos_tf.config import GPTConfig
 from llmos_tf.models import GPT, Llama, LlamaConfig
 from llmos_tf.strategies import MeshStrategy
@@ -159,9 +167,13 @@ def test_a_mesh_stays_what_it_was(tmp_path):
 
 
 def edit_state(path, **changes):
+    """Changes fields, or removes those that are Ellipsis, and corrects the checksum."""
     file = path / "state.json"
     content = json.loads(file.read_text()) | changes
-    file.write_text(json.dumps({k: v for k, v in content.items() if v is not Ellipsis}))
+    has_checksum = content.pop("sha256", ...) is not ...
+    content = {key: value for key, value in content.items() if value is not ...}
+    signed = {"sha256": checksum(content)} if has_checksum else {}
+    file.write_text(json.dumps(content | signed))
 
 
 DAMAGES = {
@@ -179,7 +191,19 @@ DAMAGES = {
     "no text": (lambda path: (path / "state.json").write_bytes(b"\xff\xfe"), "is not JSON"),
     "a list": (lambda path: (path / "state.json").write_text("[]"), "does not say format"),
     "another format": (lambda path: edit_state(path, format="x"), "does not say format"),
-    "newer": (lambda path: edit_state(path, format_version=2), "format_version=2; this version"),
+    "newer": (lambda path: edit_state(path, format_version=3), "format_version=3; this version"),
+    "a FIFO": (
+        lambda path: ((path / "state.json").unlink(), os.mkfifo(path / "state.json")),
+        "state.json must be a regular file. Received: a FIFO.",
+    ),
+    "a FIFO of weights": (
+        lambda path: ((path / "model.safetensors").unlink(), os.mkfifo(path / "model.safetensors")),
+        "model.safetensors must be a regular file. Received: a FIFO.",
+    ),
+    "nested": (lambda path: (path / "state.json").write_text("[" * 200_000), "is not JSON"),
+    "digits": (lambda path: (path / "state.json").write_text("1" * 5000), "is not JSON"),
+    "no checksum": (lambda path: edit_state(path, sha256=...), "does not match its checksum"),
+    "an unknown field": (lambda path: edit_state(path, other=1), "unknown fields ['other']"),
     "wrong field": (lambda path: edit_state(path, model_variables=[{}]), "missing or wrong"),
     "wrong extra": (lambda path: edit_state(path, extra=None), "missing or wrong"),
 }
@@ -191,6 +215,54 @@ def test_a_damaged_checkpoint_is_refused(saved, case):
     damage, expected = DAMAGES[case]
     damage(saved)
     assert expected in refusal(saved, make_mlp())
+
+
+def as_version_1(path):
+    """Makes a checkpoint one of the first version, which had no checksum."""
+    edit_state(path, format_version=1, sha256=...)
+
+
+def test_every_change_of_the_state_is_seen(saved):
+    """Fails if a flipped bit restores another step, position or name; a checksum of the bytes
+    alone would refuse a file that was only formatted anew."""
+    file, model = saved / "state.json", make_mlp()
+    good, content = restore_checkpoint(saved, model), file.read_bytes()
+    for place in range(0, len(content), 7):
+        flipped = bytearray(content)
+        flipped[place] ^= 1 << place % 8
+        file.write_bytes(flipped)
+        with contextlib.suppress(DamagedCheckpointError):
+            assert restore_checkpoint(saved, model) == good
+    file.write_text(json.dumps(json.loads(content), sort_keys=True))
+    assert restore_checkpoint(saved, model) == good
+
+
+def test_checkpoints_of_the_first_version(saved):
+    """Fails if a checkpoint that was written before there was a checksum cannot be read, or its
+    damage is an error of another class."""
+    model = make_mlp()
+    good = restore_checkpoint(saved, model)
+    as_version_1(saved)
+    assert restore_checkpoint(saved, model) == good
+    records = json.loads((saved / "state.json").read_text())["model_variables"]
+    for changes in (
+        {"step": -1},
+        {"step": True},
+        {"step": 1e999},
+        {"config": 3},
+        {"optimizer": [1]},
+        {"model_variables": records * 2},
+        *({"model_variables": [records[0] | {"shape": shape}]} for shape in (3, [-1], [1.5], "12")),
+        *({"model_variables": [records[0] | {"crc32": crc}]} for crc in (1e999, "1", None)),
+        {"model_variables": [records[0] | {"dtype": "float31"}]},
+    ):
+        original = (saved / "state.json").read_text()
+        edit_state(saved, sha256=..., **changes)
+        with pytest.raises(
+            DamagedCheckpointError, match=r"state\.json: a field is missing or wrong"
+        ):
+            restore_checkpoint(saved, model)
+        (saved / "state.json").write_text(original)
 
 
 def test_what_is_no_checkpoint(saved, tmp_path):
@@ -240,6 +312,15 @@ def test_the_configuration_comes_back(tmp_path):
     config = {k: v for k, v in GPT_CONFIG.to_dict().items() if k != "layer_norm_epsilon"}
     edit_state(path, config=config)
     restore_checkpoint(path, GPT(load_config(path)))
+    edit_state(path, config=GPT_CONFIG.to_dict() | {"hidden_size": 2**20})
+    # Found before a model of that size is built.
+    with pytest.raises(DamagedCheckpointError, match="of 4,398,138,785,824 parameters, and the"):
+        load_config(path)
+    edit_state(path, config=GPT_CONFIG.to_dict() | {"num_heads": 0})
+    with pytest.raises(
+        ValueError, match=r"state\.json is not one of llmos_tf\.models: `num_heads`"
+    ):
+        load_config(path)
     edit_state(path, config=None)
     with pytest.raises(ValueError, match="holds no configuration"):
         load_config(path)

@@ -1,7 +1,10 @@
 """Folders: a checkpoint is there completely or not at all, and the right ones go."""
 
+import errno
+import itertools
 import os
 import shutil
+import threading
 from pathlib import Path
 
 import keras
@@ -79,6 +82,78 @@ def test_a_crash_leaves_the_older_one(tmp_path, monkeypatch, point):
     assert restored(latest_checkpoint(tmp_path)) == 1.0
     save_checkpoint(tmp_path, make_model(3.0), step=3)
     assert listing(tmp_path) == ["step-00000001", "step-00000003"]
+
+
+@pytest.mark.parametrize("point", range(3))
+def test_a_kill_while_a_step_is_replaced_leaves_one(tmp_path, monkeypatch, point):
+    """Fails if a process that is killed before or between the two renames, or before it deletes
+    the older checkpoint, leaves none of the two under a name that is found; or if the next save
+    deletes it."""
+    save_checkpoint(tmp_path, make_model(1.0), step=7)
+    calls = itertools.count()
+
+    def killed(function):
+        def call(*args, **kwargs):
+            # A process that was killed cleans nothing up.
+            if next(calls) >= point:
+                raise SystemExit
+            return function(*args, **kwargs)
+
+        return call
+
+    with monkeypatch.context() as kill:
+        kill.setattr(Path, "rename", killed(Path.rename))
+        kill.setattr(shutil, "rmtree", killed(shutil.rmtree))
+        with pytest.raises(SystemExit):
+            save_checkpoint(tmp_path, make_model(2.0), step=7)
+    survivor = 2.0 if point == 2 else 1.0
+    path = latest_checkpoint(tmp_path)
+    assert restored(path) == survivor
+    assert path.name.startswith(".replaced-step-00000007-" if point == 1 else "step-00000007")
+    save_checkpoint(tmp_path, make_model(3.0), step=8)
+    assert listing(tmp_path) == ["step-00000007", "step-00000008"]
+    assert restored(tmp_path / "step-00000007") == survivor
+
+
+@pytest.mark.parametrize("step", [1, 2], ids=["same step", "next step"])
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
+def test_a_full_disk_is_named(tmp_path, monkeypatch, name, step):
+    """Fails for a bare "[Errno 28] No space left on device", or if half a checkpoint is left."""
+    save_checkpoint(tmp_path, make_model(1.0), step=1)
+    fsync = os.fsync
+
+    def full(descriptor):
+        if Path(os.readlink(f"/proc/self/fd/{descriptor}")).name == name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=rf"No space left on device: '{tmp_path}/.*{name}'"):
+        save_checkpoint(tmp_path, make_model(2.0), step=step)
+    assert listing(tmp_path) == ["step-00000001"]
+    assert restored(tmp_path / "step-00000001") == 1.0
+
+
+def test_two_savers_take_turns(tmp_path):
+    """Fails if one deletes what the other is writing, or a save returns before it is there."""
+    saved, errors = [], []
+
+    def save(first):
+        try:
+            for step in range(first, 20, 2):
+                saved.append(save_checkpoint(tmp_path, models[first], step=step, keep=None))
+        except Exception as error:
+            errors.append(error)
+
+    models = [make_model(0.0), make_model(1.0)]
+    threads = [threading.Thread(target=save, args=(first,)) for first in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert listing(tmp_path) == [folders.step_name(step) for step in range(20)]
+    assert [restored(path) for path in sorted(saved)] == [0.0, 1.0] * 10
 
 
 def test_everything_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):

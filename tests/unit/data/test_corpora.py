@@ -1,6 +1,7 @@
 """Corpora: what is read, in which order, what is held out, and what is refused."""
 
 import json
+import os
 import sys
 
 import pytest
@@ -162,6 +163,14 @@ class TestFiles:
         with pytest.raises(FileNotFoundError, match=r"only folders.*\*\*/\*\.txt"):
             load_corpus(str(tmp_path))
 
+    @pytest.mark.parametrize("spec", ["b.txt", "*.txt"])
+    def test_a_fifo_is_refused(self, tmp_path, spec):
+        """Catches a wait for ever, and a FIFO that is left out without a word."""
+        folder = write(tmp_path, a_txt="one")
+        os.mkfifo(tmp_path / "b.txt")
+        with pytest.raises(ValueError, match=r"b\.txt must be a regular file.*FIFO"):
+            load_corpus(f"{folder}/{spec}")
+
     def test_a_text_file_in_another_encoding_is_refused(self, tmp_path):
         """Catches a silent replacement of what cannot be read, and an error without the file."""
         folder = write(tmp_path, a_txt="one", b_txt=b"caf\xe9 ")
@@ -194,6 +203,7 @@ class TestJsonl:
             ("7", "has no text"),
             ('"\\ud800"', "surrogate"),
             ("[" * 100_000, "is not JSON"),
+            ('{"text": "b", "id": ' + "1" * 5000 + "}", "is not JSON"),
         ],
     )
     def test_a_wrong_line_is_named_with_its_file(self, tmp_path, line, message):

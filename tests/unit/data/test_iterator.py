@@ -215,6 +215,8 @@ class TestResume:
         """Catches a KeyError in place of a message."""
         with pytest.raises(ValueError, match="lacks batch_size, epoch, fingerprint"):
             BatchIterator(packed_of(5), 2, 0).restore({"step": 3})
+        with pytest.raises(ValueError, match=r"is a mapping\. Received: None"):
+            BatchIterator(packed_of(5), 2, 0).restore(None)
 
 
 @pytest.mark.parametrize(

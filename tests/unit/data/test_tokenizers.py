@@ -1,6 +1,8 @@
 """Tokenizers: nothing is lost, nothing is added, and every id fits the vocabulary."""
 
 import json
+import os
+import types
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import tokenizers as hf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmos_tf.data import tokenizers
 from llmos_tf.data.tokenizers import ByteTokenizer, FileTokenizer, Tokenizer, load_tokenizer
 
 pytestmark = pytest.mark.fast
@@ -137,6 +140,38 @@ class TestLoadTokenizer:
         (tmp_path / "other.json").write_bytes(content)
         with pytest.raises(ValueError, match=r"other\.json' is not a tokenizer file"):
             load_tokenizer(tmp_path / "other.json")
+
+    def test_a_fifo_is_refused(self, tmp_path):
+        """Catches a wait for ever."""
+        os.mkfifo(tmp_path / "fifo.json")
+        with pytest.raises(ValueError, match=r"fifo\.json must be a regular file.*a FIFO"):
+            load_tokenizer(tmp_path / "fifo.json")
+
+    def test_an_id_beyond_int32_is_refused(self, tmp_path):
+        """Catches a bare OverflowError when the first text is encoded."""
+        text = hf.Tokenizer(hf.models.WordLevel({"</s>": 0, "a": 1}, unk_token="a")).to_str()
+        (tmp_path / "large.json").write_text(text.replace('"a":1', f'"a":{2**31}'))
+        with pytest.raises(ValueError, match=r"Received: 2,147,483,648 in .*large\.json"):
+            load_tokenizer(tmp_path / "large.json")
+
+    def test_a_failed_check_of_the_package_is_an_error_of_the_file(self, save, monkeypatch):
+        """Catches a BaseException, which ends a program without the name of the file."""
+
+        class PanicException(BaseException):
+            pass
+
+        def fail(*_):
+            raise PanicException("index out of bounds")
+
+        path = save("</s>")
+        tokenizer = FileTokenizer(path)
+        tokenizer._tokenizer = types.SimpleNamespace(decode=fail)
+        with pytest.raises(ValueError, match=r"tokenizer\.json' cannot process this: index out"):
+            tokenizer.decode([1])
+        fake = types.SimpleNamespace(Tokenizer=types.SimpleNamespace(from_buffer=fail))
+        monkeypatch.setattr(tokenizers, "hf_tokenizers", fake)
+        with pytest.raises(ValueError, match=r"not a tokenizer file \(index out of bounds\)"):
+            FileTokenizer(path)
 
     def test_a_folder_is_refused(self, tmp_path):
         """Catches the package's plain Exception for a model's folder."""

@@ -1,5 +1,6 @@
 """What all programs have in common: help, refusals, and a start without TensorFlow."""
 
+import errno
 import json
 import os
 import re
@@ -10,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from llmos_tf.files.locking import FolderInUseError
 from llmos_tf.models import PRESETS
 from llmos_tf.scripts import benchmark, evaluate, generate, plan, train, verify
 from llmos_tf.scripts.flags import FLAGS
+from llmos_tf.scripts.programs import plan as work
 
 pytestmark = pytest.mark.fast
 
@@ -179,6 +182,39 @@ def test_an_unknown_flag(name, flag, offered, run_program):
     assert all(flag[2:].removeprefix("no") in known or flag[2:] in known for flag in found)
 
 
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "run/metrics.jsonl"), "Free space"),
+        (PermissionError(errno.EACCES, "Permission denied", "run/summary.json"), "summary.json"),
+        (FolderInUseError("The folder run is in use by process 1."), "in use by process 1"),
+    ],
+)
+def test_a_file_that_cannot_be_written_later(error, words, run_program, monkeypatch):
+    """Fails if a full disk or a locked folder ends a running program with a traceback, or with
+    status 0."""
+
+    def main(options):
+        raise error
+
+    monkeypatch.setattr(work, "main", main)
+    status, _, err = run_program("llmos-plan", "--mesh=data=2")
+    assert (status, len(err.splitlines())) == (2, 1)
+    assert err.startswith("llmos-plan: ")
+    assert words in err
+
+
+def test_other_system_errors_keep_their_traceback(run_program, monkeypatch):
+    """Fails if an error of a program is hidden behind one line."""
+
+    def main(options):
+        raise OSError("a fault")
+
+    monkeypatch.setattr(work, "main", main)
+    with pytest.raises(OSError, match="a fault"):
+        run_program("llmos-plan", "--mesh=data=2")
+
+
 CLUSTER = {"cluster": {"worker": ["localhost:1", "localhost:2"]}, "task": {"type": "worker"}}
 
 
@@ -196,6 +232,9 @@ def test_a_cluster_is_refused(run_program, monkeypatch):
             assert words in err
     monkeypatch.setenv("TF_CONFIG", "{'cluster'")
     assert "TF_CONFIG cannot be read" in run_program("llmos-evaluate")[2]
+    monkeypatch.setenv("TF_CONFIG", "[" * 100_000)
+    status, _, err = run_program("llmos-evaluate")
+    assert (status, "TF_CONFIG cannot be read" in err, len(err) < 2000) == (2, True, True)
     # One process, as some launchers set it up.
     monkeypatch.setenv("TF_CONFIG", json.dumps({"cluster": {"chief": ["localhost:1"]}}))
     assert "Give --checkpoint=PATH" in run_program("llmos-evaluate")[2]

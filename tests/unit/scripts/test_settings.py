@@ -5,7 +5,9 @@ import os
 import pytest
 import tokenizers as hf
 
-from llmos_tf.checkpoint.manifest import Manifest, write_manifest
+from llmos_tf.checkpoint import DamagedCheckpointError
+from llmos_tf.checkpoint.manifest import Manifest, read_manifest, write_manifest
+from llmos_tf.checkpoint.records import TensorRecord
 from llmos_tf.data import load_text_data
 from llmos_tf.models import get_preset
 from llmos_tf.scripts import settings
@@ -60,12 +62,13 @@ def run_of(parse, text):
         data = load_text_data(options.data, options.tokenizer, options.seq_len)
         folder = text / workdir / "checkpoints" / f"step-{step:08d}"
         folder.mkdir(parents=True)
+        config = get_preset(options.preset)
         manifest = Manifest(
             step=step,
-            config=get_preset(options.preset).to_dict(),
+            config=config.to_dict(),
             optimizer=None,
             extra=to_record(options, data),
-            model_variables=[],
+            model_variables=[TensorRecord("all", (config.num_parameters(),), "float32", 0)],
             optimizer_variables=[],
         )
         write_manifest(folder, manifest)
@@ -103,6 +106,27 @@ def test_resume_takes_what_the_checkpoint_records(run_of, parse, text, monkeypat
     assert options.data == str(text / "text.txt")
     changes = "--mesh=tensor=2 (was data=2), --zero_stage=0 (was 1), --steps=9 (was 8)"
     assert changes in capsys.readouterr().out
+
+
+def test_a_damaged_description_is_skipped(run_of, parse, capsys):
+    """Fails if the newest checkpoint is taken though its description is damaged, or it is skipped
+    without a word where the run ends at once; or if the error of none that is whole is unclear."""
+    older = run_of(step=8)
+    (older.parents[1] / "summary.json").write_text("{}")
+    damaged = older.with_name("step-00000009")
+    damaged.mkdir()
+    (damaged / "state.json").write_text("{")
+    parse("--resume", "--steps=9")
+    assert settings.train_options().steps == 9
+    assert "Resuming llmos_runs/run/checkpoints/step-00000008," in capsys.readouterr().out
+    parse("--resume")
+    assert settings.train_options() is None
+    out, err = capsys.readouterr()
+    assert "step-00000008 has done all 8 steps" in out
+    assert "Skipped the damaged checkpoint step-00000009: " in err
+    (older / "state.json").write_text("{")
+    with pytest.raises(DamagedCheckpointError, match=r"No checkpoint in .* is whole"):
+        settings.train_options()
 
 
 def test_the_newest_run_is_resumed(run_of, parse, text):
@@ -232,7 +256,7 @@ def test_a_checkpoint_of_another_program(run_of, parse, text):
         config=config,
         optimizer=None,
         extra={},
-        model_variables=[],
+        model_variables=read_manifest(folder).model_variables,
         optimizer_variables=[],
     )
     write_manifest(folder, manifest)

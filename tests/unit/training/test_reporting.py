@@ -12,6 +12,13 @@ from llmos_tf.training.reporting import RunReport, draw_curves, read_metrics
 pytestmark = pytest.mark.fast
 
 
+# A number that no float can hold.
+HUGE = (
+    '{"step": 2, "seconds": 1, "loss": 1' + "0" * 400 + ', "learning_rate": 1, "mfu": 1, '
+    '"tokens_per_second": 1}'
+)
+
+
 def report_steps(workdir, first_step, numbers):
     with RunReport(
         workdir,
@@ -99,6 +106,27 @@ def test_a_resumed_run_drops_what_it_does_again(tmp_path):
     path.write_text(path.read_text() + '{"step": 5, "lo')
     report_steps(tmp_path, 2, [3])
     assert [row["step"] for row in read_metrics(path)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("line", ["{", "[1]", '{"step": 2}', '{"step": "2"}', "[" * 100_000, HUGE])
+def test_a_damaged_line_is_named(tmp_path, line):
+    """Fails if the lines after a damaged one are dropped without a word."""
+    report_steps(tmp_path, 0, [1, 2, 3])
+    path = tmp_path / "metrics.jsonl"
+    first, _, last = path.read_text().splitlines()
+    path.write_text("\n".join([first, line, last, ""]))
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2 .* Rename the file"):
+        report_steps(tmp_path, 3, [4])
+
+
+def test_a_full_disk_is_named(tmp_path):
+    """Fails for a bare "[Errno 28] No space left on device"."""
+    named = r"No space left on device: '.*metrics\.jsonl'"
+    with pytest.raises(OSError, match=named), RunReport(tmp_path, 0, 9, 1, 1.0, 1.0) as report:
+        report._file.close()
+        report._file = open("/dev/full", "a")  # noqa: SIM115
+        with pytest.raises(OSError, match=named):
+            report.step(1, loss=1.0, learning_rate=0.1)
 
 
 def test_a_picture_of_the_curves(tmp_path):
