@@ -48,7 +48,7 @@ PROGRAM = Program(
     options=train_options,
     work="llmos_tf.scripts.programs.train",
     help={
-        "resume": "Continue a run from its latest checkpoint, with the settings it records.",
+        "resume": "Continue a run from its newest whole checkpoint, with the settings it records.",
         "steps": "Steps in total, counted from the first start of the run; by default 900.",
         "seed": "Seed of weights, data order, dropout and the sample; by default 0.",
     },
