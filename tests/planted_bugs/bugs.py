@@ -78,9 +78,9 @@ BUGS = (
     ),
     Bug(
         "the last rows of an uneven batch are lost",
-        "strategies/engine/input.py",
-        "return x[index * rows // ways : (index + 1) * rows // ways]",
-        "return x[index * (rows // ways) : (index + 1) * (rows // ways)]",
+        "strategies/engine/rows.py",
+        "return _range(x, index * rows // ways, (index + 1) * rows // ways)",
+        "return _range(x, index * (rows // ways), (index + 1) * (rows // ways))",
         (MATRIX, "tests/unit/strategies/engine/test_input.py"),
     ),
     Bug(
@@ -255,5 +255,28 @@ BUGS = (
         "return values, self._counted(end - begin)",
         "return values, self._counted(length)",
         ("tests/integration/test_pipeline_keras.py", MATRIX),
+    ),
+    Bug(
+        "the model is built by a batch that is taken from the data",
+        "strategies/keras_patches/symbolic_build.py",
+        "specs = _specs_of_batch(data_batch) if iterator is None else _specs_of_data(iterator)",
+        "specs = _specs_of_batch(data_batch) if iterator is None else _specs_of_data(iterator)\n"
+        "        if iterator is not None:\n"
+        "            next(next(iter(iterator))[2])",
+        (MATRIX,),
+    ),
+    Bug(
+        "a loss inside a metric is that of all ranks",
+        "strategies/keras_patches/while_tracing.py",
+        "function = original if current_program().in_metric else replacement",
+        "function = replacement",
+        (MATRIX,),
+    ),
+    Bug(
+        "the values that ranks have for a float8 scale are added",
+        "strategies/gradients/sync.py",
+        'flat = collectives.all_reduce(flat, axes, op="max")',
+        "flat = collectives.all_reduce(flat, axes)",
+        (MATRIX,),
     ),
 )
