@@ -11,7 +11,7 @@ from llmos_tf import _internal, collectives
 from llmos_tf.collectives import batch
 from llmos_tf.sharding.assignment import WrittenByParts, average_statistics, check_owner
 from llmos_tf.sharding.layout import Layout
-from llmos_tf.spmd.program import current_program
+from llmos_tf.spmd.program import HOW_TO_TRAIN, current_program
 
 
 class ShardedVariable(WrittenByParts, _internal.MirroredVariable):
@@ -83,6 +83,17 @@ class ShardedVariable(WrittenByParts, _internal.MirroredVariable):
     def get_shape(self) -> tf.TensorShape:
         """Returns the shape of what the context reads."""
         return self.shape
+
+    @property
+    def handle(self):
+        """The resource of this replica's component, which a tape asks for."""
+        try:
+            return super().handle
+        except ValueError as error:
+            raise ValueError(
+                f"The variable {self.name} of the mesh {self.mesh} has no gradient outside of "
+                f"strategy.run. {HOW_TO_TRAIN}"
+            ) from error
 
     @property
     def mesh(self):
