@@ -158,7 +158,7 @@ class Engine:
             For each rank the number of rows of its own, or None where each has as many; and inputs
             of at least one row.
         """
-        if self._extended.mesh.batch_ways == 1:
+        if self._extended.mesh.size == 1:
             return None, inputs
         # Parts of a ragged or sparse tensor are not rows.
         dense = [
@@ -170,7 +170,7 @@ class Engine:
         split = [
             i
             for i, (spec, is_dense) in enumerate(zip(specs, dense, strict=True))
-            if is_dense and spec.shape.rank and spec.shape[0] is None and self._differs(inputs, i)
+            if is_dense and spec.shape.rank and not spec.shape[0] and self._differs(inputs, i)
         ]
         if not split:
             return None, inputs
@@ -184,6 +184,7 @@ class Engine:
                 row = tf.concat([last[:1], zeros], 0)[:1]
                 for mine, values in zip(lent, inputs, strict=True):
                     mine[i] = _or_lent(values[i], row)
+                specs[i] = tf.TensorSpec([None, *specs[i].shape[1:]], specs[i].dtype)
         return rows, lent
 
     def _differs(self, inputs: list[list[tf.Tensor]], i: int) -> bool:
