@@ -38,6 +38,8 @@ from llmos_tf.strategies.keras_patches.export import hook_export
 from llmos_tf.strategies.keras_patches.fit_batch import hook_fit
 from llmos_tf.strategies.keras_patches.keras_hub import hook_keras_hub
 from llmos_tf.strategies.keras_patches.layer_calls import hook_remat
+from llmos_tf.strategies.keras_patches.overwritten_variables import hook_overwritten_variables
+from llmos_tf.strategies.keras_patches.symbolic_build import hook_build
 from llmos_tf.strategies.keras_patches.variable_paths import hook_variable_paths
 from llmos_tf.strategies.keras_patches.while_tracing import hook_compile, replica_hooks
 from llmos_tf.strategies.pipeline.keras_steps import (
@@ -72,8 +74,10 @@ class MeshExtended(_internal.MirroredExtended):
         local = [mesh.devices[rank] for rank in self.local_ranks]
         super().__init__(strategy, local, tf.distribute.ReductionToOneDevice())
         hook_compile()
+        hook_build()
         hook_export()
         hook_variable_paths()
+        hook_overwritten_variables()
         hook_remat()
         hook_keras_hub()
         hook_steps()
@@ -221,9 +225,14 @@ class MeshExtended(_internal.MirroredExtended):
         return replica_hooks()
 
     def _use_merge_call(self) -> bool:
-        # False in a program, which has no cross-replica code inside; true outside, where reductions
-        # of results are plain sums.
-        return current_program() is None
+        # There is no cross-replica code inside a program; and outside one, an optimizer that is
+        # given gradients has to update by itself, as no replica is there to merge.
+        return False
+
+    def _get_cross_device_ops(self, value):
+        # What the base class would take instead where nothing is merged.
+        del value
+        return self._cross_device_ops
 
     def _replica_ctx_all_reduce(self, reduce_op, value, options=None):
         del options

@@ -6,7 +6,9 @@ the public feature that it replaces, or the reason why there is none.
 
 from llmos_tf._internal.keras import (
     BaseOptimizer,
+    CompileMetrics,
     LossScaleOptimizer,
+    MetricsList,
     TensorFlowTrainer,
     TFOptimizer,
     Trainer,
@@ -70,11 +72,13 @@ from llmos_tf._internal.tracing import (
 
 __all__ = [
     "BaseOptimizer",
+    "CompileMetrics",
     "CompositeTensor",
     "CoordinatedJob",
     "DistributedDataset",
     "DistributedIteratorInterface",
     "LossScaleOptimizer",
+    "MetricsList",
     "MirroredExtended",
     "MirroredVariable",
     "PerReplica",

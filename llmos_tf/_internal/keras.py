@@ -26,6 +26,9 @@ from keras.src.losses import loss as keras_loss
 from keras.src.optimizers.base_optimizer import BaseOptimizer
 from keras.src.optimizers.loss_scale_optimizer import LossScaleOptimizer
 from keras.src.saving import saving_lib
+
+# What `compile(metrics=...)` makes: metrics that hand what they are given to others.
+from keras.src.trainers.compile_utils import CompileMetrics, MetricsList
 from keras.src.trainers.trainer import Trainer
 
 # The seed of `keras.utils.set_random_seed` has no public getter.
@@ -35,7 +38,9 @@ from llmos_tf._internal.tracing import specs_of_traces
 
 __all__ = [
     "BaseOptimizer",
+    "CompileMetrics",
     "LossScaleOptimizer",
+    "MetricsList",
     "TFOptimizer",
     "TensorFlowTrainer",
     "Trainer",

@@ -11,7 +11,7 @@ from llmos_tf import _internal, collectives
 from llmos_tf.collectives import batch
 from llmos_tf.sharding.assignment import WrittenByParts, average_statistics, check_owner
 from llmos_tf.sharding.layout import Layout
-from llmos_tf.spmd.program import HOW_TO_TRAIN, current_program
+from llmos_tf.spmd.program import current_program
 
 
 class ShardedVariable(WrittenByParts, _internal.MirroredVariable):
@@ -38,6 +38,8 @@ class ShardedVariable(WrittenByParts, _internal.MirroredVariable):
 
     # The program of `run_program`, once there is one.
     _program = None
+    # Whether its gradient is its next value, as that of a float8 scale.
+    is_overwritten = False
     # Makes the components, while their place is not known.
     _make_components: Callable | None = None
 
@@ -85,15 +87,10 @@ class ShardedVariable(WrittenByParts, _internal.MirroredVariable):
         return self.shape
 
     @property
-    def handle(self):
-        """The resource of this replica's component, which a tape asks for."""
-        try:
-            return super().handle
-        except ValueError as error:
-            raise ValueError(
-                f"The variable {self.name} of the mesh {self.mesh} has no gradient outside of "
-                f"strategy.run. {HOW_TO_TRAIN}"
-            ) from error
+    def handle(self) -> tf.Tensor:
+        """The resource that a tape knows it by: outside of a program that of the first rank."""
+        is_outside = tf.distribute.in_cross_replica_context()
+        return self._values[0].handle if is_outside else super().handle
 
     @property
     def mesh(self):
@@ -292,7 +289,8 @@ class ShardedVariable(WrittenByParts, _internal.MirroredVariable):
                 parts[at] = component.value()
         # On the host: nothing that has a full copy may sit on an accelerator.
         with tf.device("CPU:0"):
-            return self.layout.join(parts, self._full_shape, self.mesh)
+            full = self.layout.join(parts, self._full_shape, self.mesh)
+            return full if not self.trainable else _without_gradient(full, self.path)
 
     def _gathered(self) -> tf.Tensor:
         if self.layout.is_whole:
@@ -420,6 +418,16 @@ class ShardedVariable(WrittenByParts, _internal.MirroredVariable):
 
     def _restore_from_tensors(self, restored_tensors: dict[str, tf.Tensor]) -> "ShardedVariable":
         return self.assign(restored_tensors["VARIABLE_VALUE"])
+
+
+def _without_gradient(full: tf.Tensor, path: str) -> tf.Tensor:
+    """A whole value, of which a tape could only give the gradient of the first rank's part."""
+    return tf.raw_ops.PreventGradient(
+        input=full,
+        message=f"The variable {path} is cut over the mesh, and its gradient was asked for outside "
+        "of strategy.run. Use llmos_tf.training.make_train_step, or the GradientTape inside of the "
+        "function that strategy.run calls.",
+    )
 
 
 def _with_counted_gradient(value: tf.Tensor) -> tf.Tensor:

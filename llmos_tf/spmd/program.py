@@ -82,6 +82,8 @@ class ReplicaProgram(_internal.ReplicaContext):
         self.gradients_synced = False
         # Set while gradients are summed over the mesh.
         self.reduces_gradients = False
+        # Set while a metric counts this rank's rows.
+        self.in_metric = False
         # Whether the program has a collective.
         self.communicates = False
         # Whether an output layer may leave its logits cut by vocabulary, and along which axis the

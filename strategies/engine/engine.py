@@ -15,6 +15,7 @@ from llmos_tf.collectives import batch
 from llmos_tf.sharding.assignment import average_statistics, check_owner
 from llmos_tf.spmd.program import HOW_TO_TRAIN, ReplicaProgram
 from llmos_tf.strategies.engine.graph_edges import Phases
+from llmos_tf.strategies.engine.rows import lend_rows
 
 # Functions that were called eagerly, for each strategy. A function that is made anew for each call,
 # as `strategy.reduce(..., axis=0)` does, must not be kept, with all that it refers to, for ever.
@@ -65,16 +66,16 @@ class Engine:
             _internal.select_replica(extended.local_batch_index(rank), (args, kwargs))
             for rank in extended.local_ranks
         ]
+        rows = None
+        if batch.weighs_rows(fn):
+            rows, per_rank = lend_rows(extended.mesh, len(extended.local_batch_parts), per_rank)
+        lends = rows is not None
+        if rows is None:
+            rows = [tf.constant(0)] * len(per_rank)
         flat = [tf.nest.flatten(value, expand_composites=True) for value in per_rank]
         is_tensor = [tf.is_tensor(value) for value in flat[0]]
         inputs = [[v for v, t in zip(values, is_tensor, strict=True) if t] for values in flat]
         specs = [_common_spec(values) for values in zip(*inputs, strict=True)]
-        rows = None
-        if batch.weighs_rows(fn):
-            rows, inputs = self._lend_rows(per_rank, inputs, specs)
-        lends = rows is not None
-        if rows is None:
-            rows = [tf.constant(0)] * len(inputs)
         values = [[own, *tensors] for own, tensors in zip(rows, inputs, strict=True)]
         results: dict[int, Any] = {}
         shared: list[Any] = []
@@ -148,49 +149,6 @@ class Engine:
             _check_not_shared(concrete)
         _internal.keep_gradients_with(concrete.graph)
         return concrete
-
-    def _lend_rows(
-        self, per_rank: list[Any], inputs: list[list[tf.Tensor]], specs: list[tf.TensorSpec]
-    ) -> tuple[list[tf.Tensor] | None, list[list[tf.Tensor]]]:
-        """Lends ranks without a row one of the last rank's; see `llmos_tf.collectives.batch`.
-
-        Returns:
-            For each rank the number of rows of its own, or None where each has as many; and inputs
-            of at least one row.
-        """
-        if self._extended.mesh.size == 1:
-            return None, inputs
-        # Parts of a ragged or sparse tensor are not rows.
-        dense = [
-            isinstance(value, tf.Tensor)
-            for value in tf.nest.flatten(per_rank[0])
-            for part in tf.nest.flatten(value, expand_composites=True)
-            if tf.is_tensor(part)
-        ]
-        split = [
-            i
-            for i, (spec, is_dense) in enumerate(zip(specs, dense, strict=True))
-            if is_dense and spec.shape.rank and not spec.shape[0] and self._differs(inputs, i)
-        ]
-        if not split:
-            return None, inputs
-        rows = [tf.shape(values[split[0]])[0] for values in inputs]
-        lent = [list(values) for values in inputs]
-        with tf.device("CPU:0"):
-            for i in split:
-                last = inputs[-1][i]
-                zeros = tf.zeros(tf.concat([[1], tf.shape(last)[1:]], 0), last.dtype)
-                # Zeros where this process has no row at all.
-                row = tf.concat([last[:1], zeros], 0)[:1]
-                for mine, values in zip(lent, inputs, strict=True):
-                    mine[i] = _or_lent(values[i], row)
-                specs[i] = tf.TensorSpec([None, *specs[i].shape[1:]], specs[i].dtype)
-        return rows, lent
-
-    def _differs(self, inputs: list[list[tf.Tensor]], i: int) -> bool:
-        """Whether an input is split over the parts of the batch, as far as this process sees."""
-        alone = len(self._extended.local_batch_parts) == 1
-        return alone or inputs[0][i] is not inputs[-1][i]
 
     def _program(self, coordinate: tf.Tensor, position: int) -> ReplicaProgram:
         extended = self._extended
@@ -274,13 +232,6 @@ def _check_not_shared(concrete: Any) -> None:
                 "and is one for all devices. Make a variable inside `with strategy.scope():`; "
                 "use what is no variable outside of strategy.run."
             )
-
-
-def _or_lent(x: tf.Tensor, row: tf.Tensor) -> tf.Tensor:
-    """`x`, or the row that is lent where it has none."""
-    if x.shape[0] is not None:
-        return x if x.shape[0] else row
-    return tf.cond(tf.shape(x)[0] > 0, lambda: x, lambda: row)
 
 
 def _own_rows(result: Any) -> Any:

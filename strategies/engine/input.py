@@ -7,6 +7,7 @@ from typing import Any
 import tensorflow as tf
 
 from llmos_tf import _internal
+from llmos_tf.strategies.engine.rows import no_rows, split_rows
 
 
 class MeshDataset(_internal.DistributedDataset):
@@ -15,11 +16,13 @@ class MeshDataset(_internal.DistributedDataset):
     Args:
         steps: yields, for each step, a tuple of one element for each replica of this process.
         is_split: whether the batch is split, also where this process has one part of it.
+        batch_spec: spec of a batch before it is split or dealt out.
     """
 
-    def __init__(self, steps: tf.data.Dataset, is_split: bool):
+    def __init__(self, steps: tf.data.Dataset, is_split: bool, batch_spec: Any):
         self._steps = steps
         self._is_split = is_split
+        self.batch_spec = batch_spec
 
     def __iter__(self) -> "MeshIterator":
         if not tf.executing_eagerly():
@@ -75,9 +78,6 @@ class MeshDataset(_internal.DistributedDataset):
 def split_dataset(dataset: tf.data.Dataset, ways: int, parts: Sequence[int]) -> MeshDataset:
     """Splits each global batch by rows.
 
-    A batch of n rows over R replicas gives replica i the rows from i·n/R to (i+1)·n/R, so that an
-    uneven or small last batch is split too, and every row is used once.
-
     Args:
         dataset: yields global batches, the same ones in every process.
         ways: number R of parts of the batch.
@@ -87,11 +87,11 @@ def split_dataset(dataset: tf.data.Dataset, ways: int, parts: Sequence[int]) -> 
         A step for each global batch.
     """
     steps = dataset.map(
-        lambda *batch: _split_rows(_element(batch), ways, parts),
+        lambda *batch: split_rows(_element(dataset, batch), ways, parts),
         num_parallel_calls=tf.data.AUTOTUNE,
         deterministic=True,
     )
-    return MeshDataset(steps.prefetch(2), is_split=ways > 1)
+    return MeshDataset(steps.prefetch(2), ways > 1, dataset.element_spec)
 
 
 def deal_dataset(dataset: tf.data.Dataset, ways: int, is_split: bool) -> MeshDataset:
@@ -104,16 +104,16 @@ def deal_dataset(dataset: tf.data.Dataset, ways: int, is_split: bool) -> MeshDat
 
     Returns:
         A step for each `ways` batches; where the last ones do not suffice, the remaining replicas
-        get batches of no rows.
+        get batches of no rows. Elements that are not batches have to suffice.
     """
-    empty = tf.data.Dataset.from_tensors(tf.nest.map_structure(_no_rows, dataset.element_spec))
+    rest = _batches_of_no_rows(dataset.element_spec, ways)
 
     def deal(*window):
-        batches = tf.data.Dataset.zip(_element(window)).concatenate(empty.repeat(ways))
+        batches = tf.data.Dataset.zip(_element(dataset, window)).concatenate(rest)
         return tuple(batches.skip(i).take(1).get_single_element() for i in range(ways))
 
     steps = dataset.window(ways).map(deal, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
-    return MeshDataset(steps.prefetch(2), is_split)
+    return MeshDataset(steps.prefetch(2), is_split, dataset.element_spec)
 
 
 class MeshIterator(_internal.DistributedIteratorInterface, _internal.CompositeTensor):
@@ -306,9 +306,9 @@ def split_batch(batch: Any, strategy: tf.distribute.Strategy) -> Any:
     is_split = any(isinstance(v, tf.distribute.DistributedValues) for v in values)
     if mesh is None or mesh.batch_ways == 1 or is_split:
         return batch
-    tensors = tf.nest.map_structure(lambda x: x if x is None else tf.convert_to_tensor(x), batch)
+    tensors = tf.nest.map_structure(_as_tensor, batch)
     parts = strategy.extended.local_batch_parts
-    return regroup_rows(_split_rows(tensors, mesh.batch_ways, parts), is_split=True)
+    return regroup_rows(split_rows(tensors, mesh.batch_ways, parts), is_split=True)
 
 
 def regroup_rows(parts: tuple, is_split: bool) -> Any:
@@ -321,14 +321,21 @@ def regroup_rows(parts: tuple, is_split: bool) -> Any:
     Returns:
         The element.
     """
-    if is_split and len(parts) == 1:
-        return tf.nest.map_structure(_alone, parts[0])
-    return _internal.regroup(tuple(parts))
+    if not is_split:
+        return parts[0]
+    return tf.nest.map_structure(_regrouped, *parts)
 
 
-def _alone(x: Any) -> Any:
-    """A per-replica value of one replica; None stays None."""
-    return x if x is None else _internal.regroup((x,), always_wrap=True)
+def _as_tensor(x: Any) -> Any:
+    is_tensor = x is None or isinstance(x, tf.Tensor | _internal.CompositeTensor)
+    return x if is_tensor else tf.convert_to_tensor(x)
+
+
+def _regrouped(*values: Any) -> Any:
+    """A per-replica value; what stands for None stays as it is, and Keras finds it."""
+    if values[0] is None or isinstance(values[0], tf.experimental.Optional):
+        return values[0]
+    return _internal.regroup(values, always_wrap=len(values) == 1)
 
 
 def regroup_specs(specs: tuple, is_split: bool) -> Any:
@@ -343,39 +350,41 @@ def regroup_specs(specs: tuple, is_split: bool) -> Any:
     """
     if not is_split:
         return specs[0]
-    return tf.nest.map_structure(lambda *parts: _internal.PerReplicaSpec(*parts), *specs)
+    return tf.nest.map_structure(_regrouped_spec, *specs)
 
 
-def _element(arguments: tuple) -> Any:
+def _regrouped_spec(*specs: Any) -> Any:
+    return specs[0] if isinstance(specs[0], tf.OptionalSpec) else _internal.PerReplicaSpec(*specs)
+
+
+def _element(dataset: tf.data.Dataset, arguments: tuple) -> Any:
     """The element of a dataset from the arguments of its `map`, which takes tuples apart."""
-    return arguments[0] if len(arguments) == 1 else arguments
+    return arguments if type(dataset.element_spec) is tuple else arguments[0]
 
 
-def _no_rows(spec: Any) -> tf.Tensor:
-    """A batch like others of a dataset, of no rows."""
-    if not isinstance(spec, tf.TensorSpec) or not spec.shape.rank:
-        raise ValueError(
-            "The function given to distribute_datasets_from_function returns a dataset of batches: "
-            "dense tensors whose first dimension counts rows. Batch it by "
-            f"context.get_per_replica_batch_size(global_batch_size). Received: {spec}."
-        )
-    return tf.zeros([0, *(length or 0 for length in spec.shape[1:])], spec.dtype)
+def _batches_of_no_rows(spec: Any, ways: int) -> tf.data.Dataset:
+    """For replicas for which there is no batch; an error where there has to be one."""
+    batch = tf.nest.map_structure(no_rows, spec)
+    leaves = zip(tf.nest.flatten(spec), tf.nest.flatten(batch), strict=True)
+    missing = [leaf_spec for leaf_spec, leaf in leaves if leaf is None]
+    if not missing:
+        return tf.data.Dataset.from_tensors(batch).repeat(ways)
+    message = (
+        "The dataset that the function given to distribute_datasets_from_function returns ends "
+        f"before each of {ways} replicas has an element for the last step. Batches of no rows "
+        f"would stand in for it, but {missing[0]} is no batch. Batch the dataset by "
+        "context.get_per_replica_batch_size(global_batch_size), or give it a multiple of "
+        f"{ways} elements."
+    )
+    if not all(isinstance(leaf, tf.TensorSpec) for leaf in missing):
+        raise ValueError(message)
 
+    def refuse(zero):
+        with tf.control_dependencies([tf.debugging.Assert(zero > 0, [message])]):
+            return tf.nest.map_structure(
+                lambda s, x: tf.zeros([n or 0 for n in s.shape], s.dtype) if x is None else x,
+                spec,
+                batch,
+            )
 
-def _split_rows(batch: Any, ways: int, parts: Sequence[int]) -> tuple:
-    """One structure like `batch` for each of `parts`."""
-    return tuple(tf.nest.map_structure(lambda x, i=i: _rows(x, i, ways), batch) for i in parts)
-
-
-def _rows(x: Any, index: int, ways: int) -> Any:
-    if ways == 1 or x is None:
-        return x
-    static = x.shape[0] if x.shape.rank is not None else None
-    if static is not None and static % ways == 0:
-        return x[index * static // ways : (index + 1) * static // ways]
-    if isinstance(x, tf.Tensor) and static is not None and tf.is_symbolic_tensor(x):
-        # Other parts of the batch, of which another process knows, have other lengths: so that all
-        # trace the same program, none knows the length of its own.
-        x = tf.compat.v1.placeholder_with_default(x, [None, *x.shape[1:]])
-    rows = x.nrows() if isinstance(x, tf.RaggedTensor) else tf.shape(x)[0]
-    return x[index * rows // ways : (index + 1) * rows // ways]
+    return tf.data.Dataset.from_tensors(0).map(refuse).repeat(ways)

@@ -13,6 +13,9 @@ import tensorflow as tf
 from llmos_tf import _internal
 from llmos_tf.sharding import Layout, MetricVariable, SeedVariable, ShardedVariable
 
+# A keyword by which whoever makes a variable says that its gradient is its next value.
+OVERWRITTEN = "overwritten"
+
 # With the slash it is whole: no name scope comes before it.
 _ANY_NAME = "component/"
 
@@ -30,6 +33,7 @@ def make_variable(extended: Any, next_creator: Callable, kwargs: dict[str, Any])
     """
     kwargs = dict(kwargs)
     beside = kwargs.pop("colocate_with", None)
+    is_overwritten = kwargs.pop(OVERWRITTEN, False)
     name = kwargs.get("name") or "variable"
     path = "/".join(filter(None, (_internal.current_path(), name)))
     initial = _initial_value(kwargs)
@@ -38,7 +42,7 @@ def make_variable(extended: Any, next_creator: Callable, kwargs: dict[str, Any])
     host = _host_of(extended, kwargs, beside)
     shape = tuple(initial.shape)
     is_metric = kwargs.get("synchronization") == tf.VariableSynchronization.ON_READ
-    if is_metric:
+    if is_metric or is_overwritten:
         layout = update_layout = Layout((None,) * len(shape))
     else:
         layout, update_layout = _layouts(extended, path, shape, kwargs, beside)
@@ -64,6 +68,7 @@ def make_variable(extended: Any, next_creator: Callable, kwargs: dict[str, Any])
         path,
         host,
     )
+    variable.is_overwritten = is_overwritten
     if waits:
         variable.wait(make)
         is_state = isinstance(beside, ShardedVariable) and beside.waits

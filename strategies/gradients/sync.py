@@ -69,8 +69,7 @@ def sync_gradients(
     for i, (gradient, variable) in enumerate(zip(gradients, variables, strict=True)):
         found = _lookup_gradient(gradient, variable)
         if found is None:
-            # Its shape is known, whatever TensorFlow could infer.
-            dense[i] = tf.ensure_shape(gradient, variable.component.shape)
+            dense[i] = _of_part(program, gradient, variable)
         else:
             rows[i] = found
     buckets = _buckets(program, {i: plans[i] for i in dense}, dense, made)
@@ -85,6 +84,47 @@ def sync_gradients(
             reduced = _reduce(program, bucket.key, [dense[i] for i in bucket.members], owners)
             for i, gradient in zip(bucket.members, reduced, strict=True):
                 results[i] = gradient
+    return results
+
+
+def _of_part(program: ReplicaProgram, gradient: tf.Tensor, variable: ShardedVariable) -> tf.Tensor:
+    """The gradient of what a rank stores, of its own rows.
+
+    A tape returns that. Who makes a gradient otherwise makes it for the whole variable.
+    """
+    gradient = tf.convert_to_tensor(gradient)
+    stored, full = variable.component.shape, variable.shape
+    if gradient.shape.is_compatible_with(stored) or not gradient.shape.is_compatible_with(full):
+        # Its shape is known, whatever TensorFlow could infer.
+        return tf.ensure_shape(gradient, stored)
+    layout = variable.layout
+    cut = [axis for axis in BATCH_AXES if axis in (*layout.dims, *layout.flat)]
+    total = collectives.all_reduce(batch.counted(gradient), cut)
+    return layout.part_from_full(total, program.mesh)
+
+
+def largest_values(program: ReplicaProgram, values: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+    """Returns the elementwise maximum over the mesh of values that each rank found in its rows.
+
+    Args:
+        program: the program of this rank.
+        values: floating-point tensors of static shape.
+
+    Returns:
+        As many tensors of the same shapes, the same on every rank.
+    """
+    results = list(values)
+    axes = [axis for axis, size in program.mesh.sizes.items() if size > 1 and axis != "pipe"]
+    for dtype in sorted({value.dtype for value in values}, key=str):
+        members = [i for i, value in enumerate(values) if value.dtype == dtype]
+        flat = tf.concat([tf.reshape(values[i], [-1]) for i in members], 0)
+        if program.rows is not None:
+            # A row that was lent does not count.
+            flat = tf.where(program.rows > 0, flat, tf.fill(tf.shape(flat), dtype.min))
+        flat = collectives.all_reduce(flat, axes, op="max")
+        lengths = [values[i].shape.num_elements() for i in members]
+        for i, part in zip(members, tf.split(flat, lengths), strict=True):
+            results[i] = tf.reshape(part, values[i].shape)
     return results
 
 

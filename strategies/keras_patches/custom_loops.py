@@ -4,8 +4,6 @@ import functools
 import warnings
 from typing import Any
 
-import tensorflow as tf
-
 from llmos_tf import _internal
 from llmos_tf.sharding import ShardedVariable
 from llmos_tf.spmd.program import HOW_TO_TRAIN, current_program
@@ -32,7 +30,7 @@ def _check_outside(optimizer: Any, variables: list[ShardedVariable]) -> None:
         return
     mesh = variables[0].mesh
     is_whole = all(v.update_layout.is_whole and not v.waits for v in variables)
-    if tf.distribute.in_cross_replica_context() or not is_whole:
+    if not is_whole:
         raise ValueError(
             f"The optimizer {optimizer.name!r} was called outside of strategy.run, where no rank "
             f"of the mesh {mesh} computes. {HOW_TO_TRAIN}"

@@ -11,13 +11,14 @@ from that. Inside a program these few functions of Keras are replaced, and put b
   share of the gradient, and what `add_loss` was given is averaged over the rows;
 - an optimizer's `apply` is `strategies.optimizer.apply.apply_gradients`;
 - the result of a metric, when it is read in a step, is that of all ranks; a mean or sum of scalars
-  counts a loss once, and what a rank has computed of its own rows as those rows.
+  counts a loss once, and what a rank has computed of its own rows as those rows; a loss that a
+  metric of another kind computes is that of the rank's rows, as the metrics of all ranks are added.
 """
 
 import contextlib
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
@@ -42,8 +43,8 @@ def replica_hooks() -> Iterator[None]:
     base, scaled = _internal.BaseOptimizer, _internal.LossScaleOptimizer
     with _internal.patched(
         {
-            (_loss, "reduce_values"): lambda original: reduce_values,
-            (_loss, "apply_mask"): lambda original: apply_mask,
+            (_loss, "reduce_values"): _outside_metrics(reduce_values),
+            (_loss, "apply_mask"): _outside_metrics(apply_mask),
             (_loss, "scale_loss_for_distribution"): lambda original: _as_it_is,
             (_loss, "unscale_loss_for_distribution"): lambda original: _as_it_is,
             (keras.layers.Layer, "__call__"): compiled_call,
@@ -53,10 +54,11 @@ def replica_hooks() -> Iterator[None]:
             (_internal.TFOptimizer, "_all_reduce_sum_gradients"): lambda original: _keep,
             (scaled, "apply"): lambda original: _scaled_apply(original),
             (scaled, "check_finite"): lambda original: check_finite,
+            **{(kind, "update_state"): _local_losses for kind in _metrics_with("update_state")},
             (keras.metrics.Mean, "update_state"): _mean_update,
             (keras.metrics.Sum, "update_state"): _sum_update,
             **layer_replacements(),
-            **{(kind, "result"): _synced_result for kind in _kinds_of_metrics(keras.Metric)},
+            **{(kind, "result"): _synced_result for kind in _metrics_with("result")},
         }
     ):
         yield
@@ -288,12 +290,49 @@ def _is_scalar(values: Any) -> bool:
     return tf.TensorShape(getattr(values, "shape", ())).rank == 0
 
 
-def _kinds_of_metrics(kind: type) -> Iterator[type]:
-    """The classes of metrics that say what their result is."""
-    if "result" in vars(kind):
+def _metrics_with(method: str, kind: type = keras.Metric) -> Iterator[type]:
+    """The classes of metrics that have a method of their own."""
+    if method in vars(kind):
         yield kind
     for subclass in kind.__subclasses__():
-        yield from _kinds_of_metrics(subclass)
+        yield from _metrics_with(method, subclass)
+
+
+# Metrics that hand values to others, and those that weigh a scalar by themselves (`_mean_update`).
+_SCALARS_ARE_GLOBAL = (
+    keras.metrics.Mean,
+    keras.metrics.Sum,
+    _internal.CompileMetrics,
+    _internal.MetricsList,
+)
+
+
+def _local_losses(original: Any) -> Any:
+    """`update_state` of a metric, in which a loss is that of the rank's rows: ranks are summed."""
+
+    @functools.wraps(original)
+    def update_state(metric, *args, **kwargs):
+        program = current_program()
+        if program is None:
+            return original(metric, *args, **kwargs)
+        with program.having(in_metric=not isinstance(metric, _SCALARS_ARE_GLOBAL)):
+            return original(metric, *args, **kwargs)
+
+    return update_state
+
+
+def _outside_metrics(replacement: Callable) -> Callable:
+    """What replaces a function of Keras's losses, except while a metric counts its rows."""
+
+    def make(original):
+        @functools.wraps(original)
+        def either(*args, **kwargs):
+            function = original if current_program().in_metric else replacement
+            return function(*args, **kwargs)
+
+        return either
+
+    return make
 
 
 def _synced_result(original: Any) -> Any:

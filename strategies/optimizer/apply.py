@@ -1,6 +1,6 @@
 """The update of a step: any Keras optimizer, in the order that gives one device's weights.
 
-    accumulate → sum over the mesh → unscale and check finite → clip → update → EMA
+    sum over the mesh → overwrite → unscale and check finite → accumulate → clip → update → EMA
 
 Keras clips and checks what each replica computed, before the sum; this owns the order. It runs in
 place of `Optimizer.apply` while a program is traced (`strategies.keras_patches.while_tracing`), so
@@ -18,7 +18,12 @@ from llmos_tf import _internal
 from llmos_tf.sharding import ShardedVariable
 from llmos_tf.spmd.program import ReplicaProgram, current_program
 from llmos_tf.strategies.gradients.clipping import clip_gradients
-from llmos_tf.strategies.gradients.sync import gather_updated_parts, sync_gradients, update_part
+from llmos_tf.strategies.gradients.sync import (
+    gather_updated_parts,
+    largest_values,
+    sync_gradients,
+    update_part,
+)
 from llmos_tf.strategies.optimizer.fused_update import (
     decay_weights,
     fused_update,
@@ -48,9 +53,12 @@ def apply_gradients(optimizer: Any, gradients: Sequence[Any], variables: Any = N
         )
     optimizer._check_variables_are_known(variables)
     gradients, variables = _of_this_stage(program, optimizer, gradients, variables)
-    stored = [_stored(variable) for variable in variables]
     if not program.gradients_synced:
-        gradients = sync_gradients(program, gradients, stored)
+        gradients = _sync(program, optimizer, gradients, variables)
+    with program.having(in_update=True):
+        gradients, variables = optimizer._overwrite_variables_directly_with_gradients(
+            gradients, variables
+        )
     scale = optimizer.loss_scale_factor
     if scale is not None:
         with tf.device(program.update_device):
@@ -81,7 +89,7 @@ def apply_scaled_gradients(
     variables = list(inner._trainable_variables if variables is None else variables)
     _build(optimizer, variables)
     gradients, variables = _of_this_stage(program, inner, gradients, variables)
-    synced = sync_gradients(program, gradients, [_stored(v) for v in variables])
+    synced = _sync(program, inner, gradients, variables)
     with program.having(gradients_synced=True, in_update=True):
         original(optimizer, synced, variables)
 
@@ -99,6 +107,21 @@ def _of_this_stage(
     if not pairs:
         return [], []
     return optimizer._filter_empty_gradients(*map(list, zip(*pairs, strict=True)))
+
+
+def _sync(
+    program: ReplicaProgram, optimizer: Any, gradients: Sequence[Any], variables: Sequence[Any]
+) -> list[Any]:
+    """Gradients of the whole batch; of what is overwritten, as float8 scales, the largest value."""
+    overwritten = [optimizer._overwrite_variable_with_gradient(v) for v in variables]
+    pairs = list(zip(gradients, variables, overwritten, strict=True))
+    summed = iter(
+        sync_gradients(
+            program, [g for g, _, o in pairs if not o], [_stored(v) for _, v, o in pairs if not o]
+        )
+    )
+    largest = iter(largest_values(program, [g for g, _, o in pairs if o]))
+    return [next(largest) if is_overwritten else next(summed) for is_overwritten in overwritten]
 
 
 def _build(optimizer: Any, variables: list) -> None:

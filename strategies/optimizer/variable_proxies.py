@@ -21,7 +21,7 @@ def slots_of(optimizer: Any) -> dict[str, list]:
         optimizer: a Keras optimizer that is built.
 
     Returns:
-        By the names of the attributes.
+        By the names of the attributes. None is in the place of a variable that is overwritten.
     """
     count = len(optimizer._trainable_variables)
     return {
@@ -30,7 +30,8 @@ def slots_of(optimizer: Any) -> dict[str, list]:
         if isinstance(value, list)
         and name != "_trainable_variables"
         and len(value) == count
-        and all(isinstance(slot, keras.Variable) for slot in value)
+        and all(slot is None or isinstance(slot, keras.Variable) for slot in value)
+        and any(slot is not None for slot in value)
     }
 
 

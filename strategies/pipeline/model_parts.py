@@ -273,9 +273,14 @@ def _copies_of_weights(operations: Sequence[tf.Operation], reads: Sequence[Read]
 
 
 def _sum(read: Read, gradient: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """A gradient's sum over the microbatches, before and after this one."""
+    """A gradient's sum over the microbatches, before and after this one.
+
+    Of what is overwritten the largest value, as Keras accumulates it.
+    """
     before = tf.compat.v1.placeholder(gradient.dtype, read.value.shape)
-    return before, before + tf.ensure_shape(gradient, read.value.shape)
+    gradient = tf.ensure_shape(gradient, read.value.shape)
+    is_overwritten = getattr(read.variable, "is_overwritten", False)
+    return before, tf.maximum(before, gradient) if is_overwritten else before + gradient
 
 
 def part_of_unit(begins: Sequence[int], unit: int) -> int:

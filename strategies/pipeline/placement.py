@@ -74,10 +74,11 @@ def place_model(extended: Any, model: keras.Model, inputs: Any) -> None:
 
     Raises:
         ValueError: the model cannot be cut into as many parts, or has a layer that needs the whole
-            batch.
+            batch, or an input is ragged or sparse.
     """  # noqa: DOC502
     if getattr(model, _ATTRIBUTE, None) is not None:
         return
+    _check_dense(inputs)
     _check_blocks(model, extended.schedule)
     _check_normalization(model, extended.options.num_microbatches)
     trace, free = _trace_one_row(extended, model, inputs)
@@ -164,6 +165,16 @@ def _check_blocks(model: keras.Model, schedule: Any) -> None:
         )
 
 
+def _check_dense(inputs: Any) -> None:
+    for x in tf.nest.flatten(inputs):
+        if isinstance(x, tf.RaggedTensor | tf.SparseTensor):
+            raise ValueError(
+                "A pipeline sends the rows of dense tensors through its stages by microbatch. "
+                f"Received: a {type(x).__name__} of shape {x.shape}. Make it dense by its method "
+                "to_tensor, or by tf.sparse.to_dense, or take a mesh without a pipe axis."
+            )
+
+
 def _check_normalization(model: keras.Model, num_microbatches: int) -> None:
     """Checks that no layer has to see the whole batch at once."""
     for layer in model._flatten_layers():
@@ -186,7 +197,8 @@ def _trace_one_row(extended: Any, model: keras.Model, inputs: Any) -> tuple[Mode
         trace = ModelTrace(microbatch, extended.options.num_microbatches)
         with trace_program(extended, trace, coordinate, token), extended.replica_hooks():
             call_of(model, training=False)(values)
-        known = [coordinate, microbatch, *tf.nest.flatten(values)]
+        known = [x for x in tf.nest.flatten(values) if x is not None]
+        known += [coordinate, microbatch]
         known += [read.value for read in trace.reads if read.is_seed]
         made.append((trace, free_ops(trace.graph, known)))
 

@@ -181,6 +181,35 @@ def batch_by_batch():
     return model, work
 
 
+class LossInMetric(keras.metrics.Metric):
+    """A metric that computes a loss, as KerasHub's perplexity does."""
+
+    def __init__(self, reduction):
+        super().__init__(name=reduction)
+        self.loss = keras.losses.MeanSquaredError(reduction=reduction)
+        self.total = self.add_weight(initializer="zeros", name="total")
+        self.count = self.add_weight(initializer="zeros", name="count")
+
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        rows = keras.ops.cast(keras.ops.shape(y_true)[0], self.dtype)
+        loss = self.loss(y_true, y_pred, sample_weight)
+        self.total.assign_add(loss if self.loss.reduction == "sum" else loss * rows)
+        self.count.assign_add(rows)
+
+    def result(self):
+        return keras.ops.exp(self.total / self.count)
+
+
+def losses_in_metrics():
+    """Fails if a loss that a metric computes counts once for each rank, or as all ranks' loss."""
+    model = mlp()
+    whole = keras.losses.MeanAbsoluteError()
+    kinds = ("sum", "sum_over_batch_size")
+    metrics = [*map(LossInMetric, kinds), lambda y, p: whole(y, p)]
+    model.compile("adam", "mse", metrics=metrics)
+    return model, lambda: {**fit(model), "evaluate": model.evaluate(NUMBERS, TARGETS, verbose=0)}
+
+
 def pipeline_of_tf_data():
     """Fails if a dataset that repeats is split otherwise than arrays, or loses a step."""
     model = mlp()
@@ -205,6 +234,7 @@ FEATURES = [
     row("regularizers and a constraint", regularizers_and_constraints),
     row("`add_loss`; a loss that averages by itself", added_losses, ANY_MODEL),
     row("AUC, counts, a metric that averages by itself", many_metrics),
+    row("losses inside metrics", losses_in_metrics),
     row("own `train_step`; `Sum` and `Mean` of losses and rows", own_train_step),
     row("`train_on_batch`, `test_on_batch`, `predict_on_batch`", batch_by_batch),
     row("`tf.data` with `steps_per_epoch`", pipeline_of_tf_data),

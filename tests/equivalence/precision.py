@@ -2,6 +2,7 @@
 
 import keras
 import numpy as np
+import tensorflow as tf
 from keras import layers
 
 from equivalence.columns import ANY_MODEL
@@ -65,13 +66,69 @@ def trained_with(policy):
     return script
 
 
+def in_float8():
+    """Fails if the scales of float8 are trained, or found by the rows of one rank."""
+    keras.config.set_floatx("float32")
+    keras.config.set_dtype_policy("float32")
+    model = keras.Sequential(
+        [layers.Dense(6, "tanh", dtype="float8_from_float32"), layers.Dense(2)]
+    )
+    optimizer = keras.optimizers.SGD(RATE, gradient_accumulation_steps=2)
+    model.compile(keras.optimizers.LossScaleOptimizer(optimizer), "mse")
+
+    def work():
+        history = fit(model, 2, INPUTS, OUTPUTS, batch_size=16)
+        # Scales are thousands: by the largest number of each variable.
+        weights = [w / max(np.abs(w).max(), 1.0) for w in model.get_weights()]
+        return {**history, "weights": weights}
+
+    return model, work
+
+
+# A sum in another order may round a gradient to the next number of float8, which has two bits after
+# the point: RATE · 2**-3 · |x · dy| of a weight, and |x · dy| <= 0.2 here.
+FLOAT8 = Tolerance(5e-4, "rounding of float8")
+
+
+class Normalized(layers.Layer):
+    """Divides by the largest input so far, which it keeps as float8 layers keep their scales."""
+
+    def build(self, shape):
+        self.kernel = self.add_weight(shape=(shape[-1], 6))
+        self.largest = self.add_weight(shape=(3,), initializer="ones", overwrite_with_gradient=True)
+
+    def call(self, x):
+        @tf.custom_gradient
+        def scaled(x, largest):
+            after = tf.maximum(0.9 * largest, tf.reduce_max(tf.abs(x)))
+            return x / largest[0], lambda dy: (dy / largest[0], after)
+
+        return keras.ops.matmul(scaled(x, tf.convert_to_tensor(self.largest)), self.kernel)
+
+
+def overwritten():
+    """Fails as above; exact, as in float64."""
+    model = keras.Sequential([keras.Input((4,)), Normalized(), layers.Dense(2, name="out")])
+    model.compile(keras.optimizers.Adam(RATE), "mse")
+    return model, lambda: fit(model, 2)
+
+
 FEATURES = [
     Feature(
-        f"`{policy}`",
-        parity(trained_with(policy)),
+        "float8, gradients accumulated",
+        parity(in_float8, tolerance=FLOAT8),
         ANY_MODEL,
-        in_stages=False,
-        tolerance=rounding(bits, f"rounding of {policy.removeprefix('mixed_')}"),
-    )
-    for policy, bits in (("mixed_float16", 10), ("mixed_bfloat16", 7))
+        tolerance=FLOAT8,
+    ),
+    Feature("variables that their gradients overwrite", parity(overwritten), ANY_MODEL),
+    *(
+        Feature(
+            f"`{policy}`",
+            parity(trained_with(policy)),
+            ANY_MODEL,
+            in_stages=False,
+            tolerance=rounding(bits, f"rounding of {policy.removeprefix('mixed_')}"),
+        )
+        for policy, bits in (("mixed_float16", 10), ("mixed_bfloat16", 7))
+    ),
 ]

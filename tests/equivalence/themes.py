@@ -3,6 +3,7 @@
 from equivalence import (
     blocks,
     callbacks,
+    inputs,
     lookups,
     objectives,
     optimizers,
@@ -14,6 +15,7 @@ from equivalence import (
 
 THEMES = {
     "What stock Keras gets wrong in a step": steps.FEATURES,
+    "Batches: where they come from, and what is in them": inputs.FEATURES,
     "Lookups in tables": lookups.FEATURES,
     "Compiled, and computed again": blocks.FEATURES,
     "Mixed precision": precision.FEATURES,

@@ -100,7 +100,7 @@ CASES = usual(
     ("gpt", "fsdp2-context2-tensor2-ring-sp"),
     ("gpt", "expert2-context2-ring"),
     ("llama", "context2-ulysses"),
-    ("llama", "context4-ring"),
+    ("llama", "context2-ring"),
 )
 
 

@@ -476,7 +476,6 @@ PARITY = [
         for name in ("data2", "data4", "zero3-2", "zero3-4")
     ),
     (small_batches, "data8"),
-    (recurrent, "zero3-2"),
     (many_inputs_and_outputs, "data4"),
     (own_train_step, "zero3-2"),
     (adversaries, "data2"),

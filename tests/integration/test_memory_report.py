@@ -265,11 +265,9 @@ IN_CI = (
     "llama-zero3",
     "llama-reshard",
     "gpt-sequence-bfloat16",
-    "gpt-ring",
     "gpt-pipe",
     "llama-selective-tensor",
     "gpt-selective-ring",
-    "llama-pipe-bfloat16",
     "gpt-offload",
     "gpt-offload-state-few-tokens",
 )

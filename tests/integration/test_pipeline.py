@@ -25,7 +25,6 @@ ROWS, LENGTH, VOCABULARY, STEPS = 16, 8, 30, 5
 SCHEDULES = {"gpipe": {}, "1f1b": {}, "interleaved": {"num_chunks": 2}, "zb-h1": {}, "zb-v": {}}
 # (schedule, stages, microbatches) that run with every change; the others are nightly.
 USUAL = {
-    ("gpipe", 2, 4),
     ("1f1b", 4, 4),
     ("interleaved", 2, 4),
     ("zb-h1", 4, 8),
@@ -44,13 +43,13 @@ MATRIX = [
     for microbatches in (4, 8)
 ]
 PRODUCTS = {
-    "pipe2-fsdp2-zb-v": (Mesh(pipe=2, fsdp=2), {"schedule": "zb-v"}),
     "pipe2-data2-tensor2-interleaved": (
         Mesh(pipe=2, data=2, tensor=2),
         {"schedule": "interleaved", "num_chunks": 2},
     ),
 }
 NIGHTLY_PRODUCTS = {
+    "pipe2-fsdp2-zb-v": (Mesh(pipe=2, fsdp=2), {"schedule": "zb-v"}),
     "pipe2-data2-tensor2": (Mesh(pipe=2, data=2, tensor=2), {}),
     "pipe2-data2-zero1": (Mesh(pipe=2, data=2), {"zero_stage": 1}),
     "pipe2-fsdp2-context2": (Mesh(pipe=2, fsdp=2, context=2), {}),

@@ -259,13 +259,19 @@ def assert_close(actual, expected):
 
 CELLS = [(name, mesh) for name, case in CASES.items() for mesh in case.meshes]
 # The same models on another pipeline. Attention, and a layer that is placed by name, are in
-# test_pipeline.py.
+# test_pipeline.py, scaled losses in test_pipeline_state.py, regularizers in test_regularizers.py;
+# of averages, several steps and rematerialisation, tests/equivalence has rows on other meshes.
 NIGHTLY = {
     ("skips", PIPE2),
     ("skips", DATA2),
     ("small", PIPE2),
     ("two", PIPE4),
     ("regularizers", PIPE2),
+    ("regularizers", DATA2),
+    ("several-steps", DATA2),
+    ("remat", PIPE2),
+    ("loss-scale", DATA2),
+    ("averages", PIPE2),
     ("lookups", PIPE2),
     ("attention", PIPE2),
     ("placed", PIPE2),

@@ -74,7 +74,6 @@ def one_device(num_q, num_kv, has_documents):
         itertools.product(METHODS, MESHES),
         ("ring", "context2"),
         ("ring", "context4"),
-        ("ulysses", "context4"),
         ("ulysses", "expert2-context2"),
     ),
 )

@@ -46,7 +46,7 @@ def failures(build, mesh=None, **options):
     "mesh",
     [
         Mesh(tensor=2),
-        Mesh(pipe=2),
+        pytest.param(Mesh(pipe=2), marks=pytest.mark.nightly),
         pytest.param(Mesh(fsdp=2, tensor=2), marks=pytest.mark.nightly),
         pytest.param(Mesh(pipe=2, context=2), marks=pytest.mark.nightly),
     ],
