@@ -61,7 +61,7 @@ class LayoutRules:
 
     @property
     def num_created(self) -> int:
-        """How many trainable variables were created so far."""
+        """How many trainable variables of one dimension or more were created so far."""
         return self._num_created
 
     def add_model_table(self, table: Mapping[str, Any], strict: bool = True) -> None:
@@ -104,7 +104,8 @@ class LayoutRules:
         """  # noqa: DOC502
         if trainable:
             self._weights[path] = shape
-            self._num_created += 1
+            # A scalar may be a counter.
+            self._num_created += shape != ()
         pattern = self._pattern_for(path)
         if pattern is None:
             return Layout((None,) * len(shape))
