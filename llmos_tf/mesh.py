@@ -180,6 +180,9 @@ class Mesh:
         Returns:
             The number of ranks in a group along `axes`.
         """
+        if isinstance(axes, str) and axes in self._sizes:
+            # Plans of large models ask a million times.
+            return self._sizes[axes]
         return math.prod(self._sizes[axis] for axis in self.canonical_axes(axes))
 
     def canonical_axes(self, axes: str | Iterable[str]) -> tuple[str, ...]:

@@ -24,112 +24,44 @@ batch: the first loss and the one after 5 steps are the same, or the times canno
 status 1 when a run fails, or none is left; one whose framework is not installed does not count.
 """
 
-import contextlib
-import json
-import sys
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
-
-import tensorflow as tf
-import tqdm
-
-from llmos_tf.scripts import benchmark_report
-from llmos_tf.scripts.benchmark_options import BenchmarkOptions
-from llmos_tf.scripts.benchmark_process import RunProcesses
-from llmos_tf.scripts.flags import benchmark_options_from_flags, refusing_misuse, start
+from llmos_tf.scripts.checked import benchmark_options
 from llmos_tf.scripts.peers import kinds
-from llmos_tf.training.flops import peak_flops
-from llmos_tf.training.reporting import bar_interval
-
-_FLAGS = (
-    "run",
-    "ratio",
-    "rounds",
-    "steps_in_round",
-    "threads_per_device",
-    "patience",
-    "vocab_size",
-    "hidden_size",
-    "num_heads",
-    "num_layers",
-    "seq_len",
-    "global_batch",
-    "seed",
-    "json",
-    "png",
-)
+from llmos_tf.scripts.program import Program
 
 _LIST = "\n".join(f"    {kinds.form(name):30} {kind.summary}" for name, kind in kinds.KINDS.items())
-__doc__ = __doc__.replace("KINDS\n", f"{_LIST}\n\n")
 
-
-def main() -> int:
-    """Runs, and prints tables."""
-    with refusing_misuse():
-        options = benchmark_options_from_flags()
-    runs = [RunProcesses(options, candidate) for candidate in options.candidates]
-    try:
-        with _ended(runs):
-            for run in tqdm.tqdm(runs, "first steps", mininterval=bar_interval()):
-                run.start()
-            for _ in tqdm.trange(options.rounds, desc="rounds", mininterval=bar_interval()):
-                for run in runs:
-                    run.take_steps(options.steps_in_round)
-    except KeyboardInterrupt:
-        print("Stopped. All runs are ended.", file=sys.stderr)
-        return 130
-    rows = benchmark_report.make_rows(runs, options, _peak_of_a_gpu())
-    pairs = benchmark_report.pair_rows(rows, options.pairs)
-    print(benchmark_report.table(rows))
-    for line in benchmark_report.disagreements(rows):
-        print(f"\n{line}")
-    if pairs:
-        print(f"\n{benchmark_report.pair_table(pairs)}")
-    _write(options, rows, pairs)
-    failed = any("error" in row for row in rows)
-    return 1 if failed or all("missing" in row for row in rows) else 0
-
-
-@contextlib.contextmanager
-def _ended(runs: list[RunProcesses]) -> Iterator[None]:
-    """Leaves no process behind."""
-    try:
-        yield
-    finally:
-        for run in runs:
-            run.end()
-
-
-def _peak_of_a_gpu() -> float | None:
-    """FLOP/s, or None without a GPU. When the runs have ended: it may have to measure."""
-    gpus = tf.config.list_physical_devices("GPU")
-    return peak_flops(("GPU:0",))[0] if gpus else None
-
-
-def _write(
-    options: BenchmarkOptions, rows: list[dict[str, Any]], pairs: list[dict[str, Any]]
-) -> None:
-    if options.json:
-        result = {
-            "options": options.to_dict(),
-            "rows": rows,
-            "pairs": pairs,
-            "ratios": benchmark_report.all_ratios(rows),
-        }
-        Path(options.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    if options.png:
-        config = options.workload.config
-        title = (
-            f"GPT of {config.num_parameters():,} parameters, {options.global_batch} × "
-            f"{options.seq_len} tokens a step, float32, {options.rounds} rounds"
-        )
-        benchmark_report.draw(rows, Path(options.png), title)
+PROGRAM = Program(
+    doc=__doc__.replace("KINDS\n", f"{_LIST}\n\n"),
+    flags=(
+        "run",
+        "ratio",
+        "rounds",
+        "steps_in_round",
+        "threads_per_device",
+        "patience",
+        "vocab_size",
+        "hidden_size",
+        "num_heads",
+        "num_layers",
+        "seq_len",
+        "global_batch",
+        "seed",
+        "json",
+        "png",
+    ),
+    options=benchmark_options,
+    work="llmos_tf.scripts.programs.benchmark",
+    help={
+        "png": "File of a picture; by default none is drawn.",
+        "seq_len": "Tokens in a sequence; by default 128.",
+        "seed": "Seed of weights and batch.",
+    },
+)
 
 
 def run() -> None:
     """Entry point of llmos-benchmark."""
-    start(main, _FLAGS)
+    PROGRAM.run()
 
 
 if __name__ == "__main__":

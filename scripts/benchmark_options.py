@@ -5,7 +5,7 @@ from typing import Any
 
 from llmos_tf.mesh import AXES, Mesh
 from llmos_tf.options import MeshOptions
-from llmos_tf.scripts.options import check_counts, check_folder_of
+from llmos_tf.scripts.checks import check_counts, check_folder_of
 from llmos_tf.scripts.peers import kinds
 from llmos_tf.scripts.peers.workload import Job, Workload
 

@@ -3,80 +3,51 @@
     llmos-evaluate --checkpoint=llmos_runs/my_run
     llmos-evaluate --checkpoint=llmos_runs/my_run --mesh=tensor=2 --data='text/*.txt'
 
-The mesh need not be the one the checkpoint was trained on. The text is the held-out part of --data,
-split as in training.
+Tokenizer, sequence length, batch, mesh and text are those of the training run, as the checkpoint
+records them. Any other mesh gives the same result. The text is the held-out part, split as in
+training; for another text give --data.
 """
 
-import json
-from pathlib import Path
+from llmos_tf.scripts.program import Program
+from llmos_tf.scripts.settings import evaluate_options
 
-from llmos_tf.checkpoint import restore_checkpoint
-from llmos_tf.data import bigram_bits_per_byte, load_text_data
-from llmos_tf.scripts.flags import options_from_flags, refusing_misuse, start
-from llmos_tf.scripts.setup_run import (
-    checkpoint_config,
-    checkpoint_path,
-    evaluate_with_bar,
-    make_model,
-    make_strategy,
-    sequence_length,
+PROGRAM = Program(
+    doc=__doc__,
+    flags=(
+        "checkpoint",
+        "workdir",
+        "mesh",
+        "zero_stage",
+        "sequence_parallel",
+        "microbatches",
+        "context_method",
+        "virtual_devices",
+        "global_batch",
+        "seq_len",
+        "data",
+        "tokenizer",
+        "seed",
+        "json",
+    ),
+    options=evaluate_options,
+    work="llmos_tf.scripts.programs.evaluate",
+    help={
+        "workdir": "The same as --checkpoint.",
+        "mesh": "Mesh axes, such as data=2,tensor=4; 1 for one device. By default those of the "
+        "training run, with its other options of the mesh.",
+        "global_batch": "Sequences in a step, over all devices; by default as in the training run. "
+        "It changes speed and memory only.",
+        "seq_len": "Tokens in a sequence, as in the training run.",
+        "data": "Corpus: stdlib, or a glob of text or .jsonl files; by default that of the "
+        "training run.",
+        "tokenizer": "Path of the tokenizer.json of the training run, if the recorded one is gone.",
+    },
 )
-
-_FLAGS = (
-    "checkpoint",
-    "workdir",
-    "mesh",
-    "zero_stage",
-    "sequence_parallel",
-    "microbatches",
-    "context_method",
-    "virtual_devices",
-    "global_batch",
-    "seq_len",
-    "data",
-    "tokenizer",
-    "seed",
-    "json",
-)
-
-
-def main() -> int:
-    """Evaluates and prints."""
-    with refusing_misuse():
-        options = options_from_flags()
-        path = checkpoint_path(options)
-        config = checkpoint_config(path)
-        data = load_text_data(options.data, options.tokenizer, sequence_length(options, config))
-        if data.tokenizer.vocab_size > config.vocab_size:
-            raise ValueError(
-                f"The tokenizer has {data.tokenizer.vocab_size} tokens and the model of {path} "
-                f"only {config.vocab_size}. Give the --tokenizer it was trained with."
-            )
-        model = make_model(config, make_strategy(options), options.seed)
-        step = restore_checkpoint(path, model, weights_only=True).step
-    held = evaluate_with_bar(model, data, options.global_batch)
-    bigram = bigram_bits_per_byte(data.train, data.heldout, data.heldout_bytes)
-    result = {
-        "checkpoint": str(path),
-        "step": step,
-        "bits_per_byte": held.bits_per_byte,
-        "loss": held.loss,
-        "tokens": held.num_tokens,
-        "bytes": held.num_bytes,
-        "bigram_bits_per_byte": bigram,
-    }
-    if options.json:
-        Path(options.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(
-        f"{path}, step {step}: {held.bits_per_byte:.3f} bits per byte on {held.num_bytes:,} bytes "
-        f"(loss {held.loss:.4f} a token; a bigram model: {bigram:.3f} bits per byte)"
-    )
-    return 0
 
 
 def run() -> None:
     """Entry point of llmos-evaluate."""
-    start(main, _FLAGS)
+    PROGRAM.run()
 
 
 if __name__ == "__main__":

@@ -1,44 +1,40 @@
-"""The flags of all programs, and how a program starts, helps and refuses.
+"""The flags of all programs: one name and one meaning each. No TensorFlow.
 
-A flag has one name and one meaning everywhere. Flags are read here only; from here on a run is the
-options of scripts/options.py.
+Flags are defined and read here only; the rest of a program works with the checked options of
+`scripts.options`. A help text that fits one program only is in that program's `Program`.
 """
 
-import contextlib
-import inspect
-import sys
-import textwrap
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterable
+from typing import Any
 
-import tensorflow as tf
-from absl import app, flags
-
-from llmos_tf.scripts.benchmark_options import BenchmarkOptions
-from llmos_tf.scripts.options import PlanOptions, RunOptions, VerifyOptions
+from absl import flags
 
 FLAGS = flags.FLAGS
 
-flags.DEFINE_string("preset", "gpt_tiny", "Model size, a name in llmos_tf.models.PRESETS.")
+flags.DEFINE_string("preset", "gpt_tiny", "Model size, one of the list below.")
 flags.DEFINE_multi_string(
     "mesh",
     None,
     "Mesh axes, such as data=2,tensor=4; 1 for one device. By default data over all GPUs; without "
-    "any, data=2,tensor=2 on virtual CPU devices. llmos-verify takes several, --mesh for each, by "
-    "default data=2 and fsdp=2.",
+    "GPUs, data=2,tensor=2 on virtual CPU devices.",
 )
-flags.DEFINE_integer("zero_stage", 0, "ZeRO stage, 0 to 3; 3 needs an fsdp axis.")
+flags.DEFINE_integer(
+    "zero_stage",
+    0,
+    "Sharding along the data axis: 1 shards optimizer state, 2 accumulated gradients too. An fsdp "
+    "axis shards parameters, gradients and optimizer state at any stage; 3 only checks that there "
+    "is one.",
+)
 flags.DEFINE_string(
     "gradient_compression",
     None,
-    "What is sent of gradients that are summed: bf16, fp16, int8 or powersgd; by default all bits.",
+    "Encoding of gradients that are summed: bf16, fp16, int8 or powersgd; by default none.",
 )
 flags.DEFINE_bool("sequence_parallel", False, "Also split positions over the tensor axis.")
 flags.DEFINE_integer(
     "microbatches",
     None,
-    "Parts of a batch that go down the pipe axis in turn; by default as many as there are stages, "
-    "and twice as many in a picture of llmos-plan.",
+    "Microbatches of a batch on the pipe axis; by default one per stage.",
 )
 flags.DEFINE_string(
     "schedule",
@@ -46,86 +42,83 @@ flags.DEFINE_string(
     "Order of the work on the pipe axis: gpipe, 1f1b, interleaved, zb-h1 or zb-v.",
 )
 flags.DEFINE_integer(
-    "num_chunks", 1, "Parts of the model on a stage of the pipe axis, for interleaved."
+    "num_chunks", 1, "Chunks of the model on a stage of the pipe axis, for interleaved."
 )
-flags.DEFINE_string(
-    "context_method", "ring", "How attention crosses the context axis: ring or ulysses."
-)
+flags.DEFINE_string("context_method", "ring", "Attention across the context axis: ring or ulysses.")
 flags.DEFINE_string(
     "rematerialise",
     "none",
-    "What the backward pass computes again in place of keeping it: none, full, block, selective, "
-    "or the bytes that blocks may keep on a device.",
+    "Activations that the backward pass recomputes instead of keeping them: none, full, block, "
+    "selective, or the bytes that blocks may keep on a device.",
 )
 flags.DEFINE_string(
     "offload",
     None,
-    "What lies in the host's memory in place of the devices': optimizer, parameters or all.",
+    "State kept in the host's memory instead of the devices': optimizer, parameters or all.",
 )
 flags.DEFINE_bool(
     "reshard_after_forward",
     False,
-    "Let go of a block's gathered weights after its forward pass, on the fsdp axis, and gather "
-    "them again for the backward pass.",
+    "Free a block's gathered weights after its forward pass, on the fsdp axis, and gather them "
+    "again for the backward pass.",
 )
-flags.DEFINE_integer("virtual_devices", None, "CPU devices to make; by default what --mesh needs.")
+flags.DEFINE_integer(
+    "virtual_devices", None, "Virtual CPU devices to create; by default one per rank of the mesh."
+)
 flags.DEFINE_integer("global_batch", 16, "Sequences in a step, over all devices.")
 flags.DEFINE_integer("seq_len", None, "Tokens in a sequence; by default all the model's positions.")
-flags.DEFINE_integer(
-    "steps",
-    None,
-    "Steps to train, counted from the first start, by default 900; steps to verify, by default 5.",
-)
+flags.DEFINE_integer("steps", None, "Steps in total, from step 1; by default 900.")
 flags.DEFINE_float("learning_rate", 4e-3, "Peak learning rate, after a warm-up; then a cosine.")
 flags.DEFINE_string("data", "stdlib", "Corpus: stdlib, or a glob of text or .jsonl files.")
-flags.DEFINE_string("tokenizer", None, "A tokenizer.json; by default the bytes are the tokens.")
-flags.DEFINE_string("workdir", None, "Where results go; by default a new folder in llmos_runs/.")
-flags.DEFINE_string("checkpoint", None, "A checkpoint, or a workdir whose latest is taken.")
-flags.DEFINE_bool("resume", False, "Go on from the latest checkpoint in --workdir, bit for bit.")
+flags.DEFINE_string(
+    "tokenizer", None, "Path of a tokenizer.json, or bytes, the default: a token is a byte."
+)
+flags.DEFINE_string("workdir", None, "Folder of the run; by default a new one in llmos_runs/.")
+flags.DEFINE_string(
+    "checkpoint", None, "A checkpoint, or the folder of a run, whose latest checkpoint is read."
+)
+flags.DEFINE_bool("resume", False, "Continue a run from its latest checkpoint.")
 flags.DEFINE_integer("save_every", 300, "Steps between checkpoints.")
-flags.DEFINE_integer("seed", 0, "Seed of weights, data order, dropout and sampling.")
+flags.DEFINE_integer("seed", 0, "Seed of all random numbers.")
 flags.DEFINE_string("json", None, "Also write the results to this file.")
-flags.DEFINE_string("prompt", None, "Text to go on with.")
+flags.DEFINE_string("prompt", None, "Text to continue.")
 flags.DEFINE_integer("max_new_tokens", None, "Tokens to add; by default all positions left.")
 flags.DEFINE_float("temperature", 0.7, "Divides the logits; 0 takes the likeliest token.")
 flags.DEFINE_integer("top_k", None, "Sample among the k likeliest tokens.")
-flags.DEFINE_float("top_p", None, "Sample among the likeliest tokens of this probability together.")
+flags.DEFINE_float("top_p", None, "Sample among the likeliest tokens of this total probability.")
+flags.DEFINE_bool("raw", False, "Print control characters as they are instead of escaped.")
 flags.DEFINE_string(
     "draw_schedule",
     None,
     "Pipeline schedule to draw: gpipe, 1f1b, interleaved, zb-h1 or zb-v.",
 )
 flags.DEFINE_integer("stages", 4, "Stages of the pipeline that is drawn.")
-flags.DEFINE_string(
-    "png",
-    None,
-    "File of the picture. By default llmos-plan's is schedule-<name>-<stages>x<microbatches>.png "
-    "here, and llmos-benchmark draws none.",
-)
+flags.DEFINE_string("device_memory", None, "Memory of a device, such as 80GB or 24GiB.")
+flags.DEFINE_string("png", None, "File of the picture.")
 flags.DEFINE_multi_string(
     "run",
     ["1", "pipe=2:microbatches=8"],
     "What is timed: a mesh and its options, MESH:name=value,..., 1 for one device, or another "
-    "framework, as said above. Several, --run for each.",
+    "framework, as listed above. Repeat the flag for each run.",
 )
 flags.DEFINE_multi_string(
     "ratio",
     [],
-    "RUN/RUN, such as data=4/mirrored=4: also tell the ratio of these two. Several, --ratio for "
-    "each.",
+    "RUN/RUN, such as data=4/mirrored=4: also report the ratio of these two. Repeat the flag for "
+    "each ratio.",
 )
 flags.DEFINE_integer(
     "patience",
     900,
     "Seconds without an answer after which a run is ended as failed.",
 )
-flags.DEFINE_integer("rounds", 5, "In each, every run has its turn.")
+flags.DEFINE_integer("rounds", 5, "Rounds, in each of which every run has its turn.")
 flags.DEFINE_integer("steps_in_round", 3, "Steps of a run in a round.")
 flags.DEFINE_integer(
     "threads_per_device",
     None,
-    "Threads by which a CPU device computes; by default all cores', which PyTorch's processes "
-    "share. JAX has no such setting.",
+    "Threads of a CPU device; by default one per core, which PyTorch's processes share. JAX has no "
+    "such setting.",
 )
 flags.DEFINE_integer("vocab_size", 8192, "Tokens of the vocabulary.")
 flags.DEFINE_integer("hidden_size", 256, "Width of the model.")
@@ -143,7 +136,7 @@ flags.DEFINE_string(
     "MODULE:FUNCTION that returns layouts for the tensor axis, such as "
     "{'.*/dense/kernel': (None, 'tensor')}; by default the model's own.",
 )
-flags.DEFINE_string("dtype", "float64", "Dtype policy in which all runs are made.")
+flags.DEFINE_string("dtype", None, "Dtype policy of Keras.")
 flags.DEFINE_float(
     "tolerance",
     None,
@@ -156,137 +149,25 @@ for _name in ("mesh", "run", "ratio"):
     FLAGS[_name].help = FLAGS[_name].help.rpartition(";")[0]
 
 
-def options_from_flags() -> RunOptions:
-    """Returns the options of this run.
-
-    Returns:
-        The options, checked.
-
-    Raises:
-        ValueError: flags that do not go together.
-    """  # noqa: DOC502
-    values = {name: FLAGS[name].value for name in RunOptions.__dataclass_fields__}
-    if values["mesh"] is None:
-        gpus = len(tf.config.list_physical_devices("GPU"))
-        values["mesh"] = [f"data={gpus}" if gpus else "data=2,tensor=2"]
-    # The last one counts, as of any flag.
-    values["mesh"] = values["mesh"][-1]
-    if values["steps"] is None:
-        values["steps"] = 900
-    return RunOptions(**values)
-
-
-def verify_options_from_flags() -> VerifyOptions:
-    """Returns the options of a verification.
-
-    Returns:
-        The options, checked.
-
-    Raises:
-        ValueError: flags that do not go together.
-    """  # noqa: DOC502
-    values = {name: FLAGS[name].value for name in VerifyOptions.__dataclass_fields__}
-    values["mesh"] = tuple(values["mesh"] or ("data=2", "fsdp=2"))
-    if values["steps"] is None:
-        values["steps"] = 5
-    return VerifyOptions(**values)
-
-
-def plan_options_from_flags() -> PlanOptions:
-    """Returns the options of a plan.
-
-    Returns:
-        The options, checked.
-
-    Raises:
-        ValueError: flags that do not go together.
-    """  # noqa: DOC502
-    values = {name: FLAGS[name].value for name in PlanOptions.__dataclass_fields__}
-    values["mesh"] = values["mesh"][-1] if values["mesh"] else None
-    if values["microbatches"] is None and values["draw_schedule"]:
-        values["microbatches"] = 2 * values["stages"]
-    return PlanOptions(**values)
-
-
-def benchmark_options_from_flags() -> BenchmarkOptions:
-    """Returns the options of a benchmark.
-
-    Returns:
-        The options, checked.
-
-    Raises:
-        ValueError: flags that do not go together.
-    """  # noqa: DOC502
-    values = {name: FLAGS[name].value for name in BenchmarkOptions.__dataclass_fields__}
-    for name in ("run", "ratio"):
-        values[name] = tuple(values[name])
-    values["seq_len"] = values["seq_len"] or 128
-    return BenchmarkOptions(**values)
-
-
-def start(main: Callable[[], int | None], used: Sequence[str]) -> None:
-    """Runs a program: parses its flags, prints its help, exits with its status.
+def read(names: Iterable[str]) -> dict[str, Any]:
+    """Returns the values of flags, and their defaults where they were not given.
 
     Args:
-        main: the program; returns its exit status, None for 0.
-        used: names of the flags it reads.
+        names: of the flags.
+
+    Returns:
+        Name to value.
     """
-    doc = inspect.getmodule(main).__doc__
-    # TensorFlow announces each strategy, and would do so above the program's own first line.
-    tf.get_logger().setLevel("WARNING")
-    app.run(lambda _: main(), flags_parser=lambda argv: _parse(argv, doc, used))
+    return {name: FLAGS[name].value for name in names}
 
 
-@contextlib.contextmanager
-def refusing_misuse() -> Iterator[None]:
-    """Turns what the user got wrong into one paragraph on stderr and exit status 2.
-
-    Entered around the reading of options, files and checkpoints and the making of the model: what
-    is raised later is a fault of the program, and keeps its traceback.
-    """
-    try:
-        yield
-    except (ValueError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
-        refuse(str(error))
-
-
-def refuse(message: str) -> None:
-    """Ends the program for a misuse.
+def given(names: Iterable[str]) -> dict[str, Any]:
+    """Returns the values of those flags that stand on the command line.
 
     Args:
-        message: what was received and what would work.
+        names: of the flags.
+
+    Returns:
+        Name to value, without flags that have their default.
     """
-    name = Path(sys.argv[0]).stem
-    print(f"{name}: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(2)
-
-
-def _parse(argv: list[str], doc: str | None, names: Sequence[str]) -> list[str]:
-    if any(arg in ("--help", "-help", "-h", "--helpfull", "--helpshort") for arg in argv[1:]):
-        print(_help(doc or "", names))
-        sys.exit(0)
-    try:
-        rest = FLAGS(argv)
-    except flags.Error as error:
-        refuse(f"{error}. See --help for the flags.")
-    if len(rest) > 1:
-        refuse(f"Only flags are taken, as --name=value. Received: {' '.join(rest[1:])!r}.")
-    ours = FLAGS.get_flags_for_module(__name__)
-    unused = [flag.name for flag in ours if flag.present and flag.name not in names]
-    if unused:
-        refuse(f"--{unused[0]} is not a flag of this program. See --help for the flags.")
-    return rest
-
-
-def _help(doc: str, names: Sequence[str]) -> str:
-    lines = [doc.strip(), "", "Flags:"]
-    for name in names:
-        flag = FLAGS[name]
-        default = "" if flag.default is None else f" (default: {flag.default_as_str})"
-        lines.append(f"  --{name}")
-        lines.extend(
-            textwrap.wrap(
-                f"{flag.help}{default}", 76, initial_indent="      ", subsequent_indent="      "
-            )
-        )
-    return "\n".join(lines)
+    return {name: FLAGS[name].value for name in names if FLAGS[name].present}

@@ -1,28 +1,46 @@
-"""What the flags of a program said, as one checked object.
+"""The options of each program, checked. No TensorFlow.
 
-A value that no run can have is found here, before a device is made or a file is read.
+A value that no run can have is found here, before a device is created or a file is read.
 """
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
+from llmos_tf.inference.sampling_config import SamplingConfig
 from llmos_tf.mesh import Mesh
-from llmos_tf.options import CONTEXT_METHODS, REMATERIALISE, MeshOptions
-from llmos_tf.planning.schedules import SCHEDULES, Schedule, make_schedule
+from llmos_tf.options import REMATERIALISE, MeshOptions
+from llmos_tf.scripts.checks import check_axes, check_counts, check_folder_of, check_seed
+
+_DTYPES = ("float64", "float32", "mixed_bfloat16", "mixed_float16")
+# Options of a run that belong to its mesh: another mesh has its own.
+OF_THE_MESH = (
+    "zero_stage",
+    "sequence_parallel",
+    "microbatches",
+    "schedule",
+    "num_chunks",
+    "context_method",
+    "gradient_compression",
+    "rematerialise",
+    "offload",
+    "reshard_after_forward",
+    "virtual_devices",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """What the flags said, checked. Fields have the flags' names and meanings.
+    """Options of training, evaluation and generation. Fields have the names of the flags.
+
+    `mesh` is None until TensorFlow is asked for the devices. `checkpoint` is the one that is read,
+    None in a run that begins.
 
     Raises:
         ValueError: a value that no run can have.
     """
 
     preset: str
-    mesh: str
+    mesh: str | None
     zero_stage: int
     sequence_parallel: bool
     microbatches: int | None
@@ -49,39 +67,63 @@ class RunOptions:
 
     def __post_init__(self):
         check_counts(self, "global_batch", "steps", "save_every")
+        if self.virtual_devices is not None:
+            check_counts(self, "virtual_devices")
         if self.seq_len is not None and self.seq_len < 2:
-            raise ValueError(f"--seq_len is at least 2. Received: {self.seq_len}.")
+            raise ValueError(f"--seq_len must be at least 2. Received: {self.seq_len}.")
         if not self.learning_rate > 0:
-            raise ValueError(f"--learning_rate is above 0. Received: {self.learning_rate}.")
-        if not 0 <= self.seed < 2**31:
-            raise ValueError(f"--seed is from 0 to {2**31 - 1}. Received: {self.seed}.")
+            raise ValueError(f"--learning_rate must be above 0. Received: {self.learning_rate}.")
+        check_seed(self.seed)
         for name in ("data", "mesh"):
-            if not getattr(self, name):
+            if getattr(self, name) == "":
                 raise ValueError(f"--{name} is empty. See --help for what it takes.")
         check_folder_of("json", self.json)
-        if self.resume and not self.workdir:
-            raise ValueError("--resume goes on from a checkpoint in --workdir. Name the folder.")
-        _check_axes(self, [self.parsed_mesh])
         if self.rematerialise not in REMATERIALISE and not self.rematerialise.isdecimal():
             raise ValueError(
-                f"--rematerialise is one of {', '.join(REMATERIALISE)}, or a number of bytes. "
+                f"--rematerialise must be one of {', '.join(REMATERIALISE)}, or a number of bytes. "
                 f"Received: {self.rematerialise!r}."
             )
-        MeshOptions(offload=self.offload).resolved(self.parsed_mesh)
-        microbatches = self.microbatches or self.parsed_mesh.axis_size("pipe")
-        ways, of = self.parsed_mesh.batch_ways * microbatches, "data × fsdp"
-        if microbatches > 1:
+        check_axes(self, [] if self.mesh is None else [self.parsed_mesh])
+        if self.mesh is not None:
+            self._check_mesh()
+
+    def _check_mesh(self) -> None:
+        mesh = self.parsed_mesh
+        MeshOptions(
+            zero_stage=self.zero_stage,
+            sequence_parallel=self.sequence_parallel,
+            num_microbatches=self.microbatches,
+            schedule=self.schedule,
+            num_chunks=self.num_chunks,
+            context_method=self.context_method,
+            gradient_compression=self.gradient_compression,
+            rematerialise=self.recomputation,
+            offload=self.offload,
+            reshard_after_forward=self.reshard_after_forward,
+        ).resolved(mesh)
+        ways, of = self.batch_parts, "data × fsdp"
+        if self.num_microbatches > 1:
             of += " × microbatches"
         if self.global_batch % ways:
             raise ValueError(
                 f"--global_batch={self.global_batch} is split over {of} = {ways} parts with the "
-                f"mesh {self.parsed_mesh}, and they do not divide it. Take a multiple of {ways}."
+                f"mesh {mesh}, and they do not divide it. Take a multiple of {ways}."
             )
 
     @property
     def parsed_mesh(self) -> Mesh:
         """The mesh, without devices."""
         return Mesh.from_string(self.mesh)
+
+    @property
+    def num_microbatches(self) -> int:
+        """Microbatches of a replica's rows."""
+        return self.microbatches or self.parsed_mesh.axis_size("pipe")
+
+    @property
+    def batch_parts(self) -> int:
+        """Parts into which a batch is split, over replicas and microbatches."""
+        return self.parsed_mesh.batch_ways * self.num_microbatches
 
     @property
     def recomputation(self) -> str | int:
@@ -94,8 +136,50 @@ class RunOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GenerateOptions:
+    """Options of llmos-generate: those of a run, and fields with the names of its flags.
+
+    Raises:
+        ValueError: no prompt, or sampling that does not exist.
+    """
+
+    run: RunOptions
+    prompt: str
+    max_new_tokens: int | None
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    raw: bool
+
+    def __post_init__(self):
+        if not self.prompt:
+            raise ValueError("The text to continue is missing. Give --prompt='some text'.")
+        self.sampling(vocab_size=None)
+
+    def sampling(self, vocab_size: int | None) -> SamplingConfig:
+        """Returns how tokens are chosen.
+
+        Args:
+            vocab_size: of the tokenizer.
+
+        Returns:
+            The configuration.
+
+        Raises:
+            ValueError: a value out of its range.
+        """  # noqa: DOC502
+        return SamplingConfig(
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            seed=self.run.seed,
+            vocab_size=vocab_size,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class VerifyOptions:
-    """What the flags of llmos-verify said, checked. Fields have the flags' names and meanings.
+    """Options of llmos-verify. Fields have the names of the flags.
 
     Raises:
         ValueError: a value that no verification can have.
@@ -129,167 +213,19 @@ class VerifyOptions:
                     "See --help for an example."
                 )
         check_counts(self, "steps")
-        if not 0 <= self.seed < 2**31:
-            raise ValueError(f"--seed is from 0 to {2**31 - 1}. Received: {self.seed}.")
+        check_seed(self.seed)
+        if self.dtype not in _DTYPES:
+            raise ValueError(
+                f"--dtype must be one of {', '.join(_DTYPES)}. Received: {self.dtype!r}."
+            )
         if len(set(map(str, self.parsed_meshes))) < len(self.mesh):
             raise ValueError(
                 f"A mesh is given twice. Received: --mesh={' --mesh='.join(self.mesh)}."
             )
-        _check_axes(self, self.parsed_meshes)
+        check_axes(self, self.parsed_meshes)
         check_folder_of("json", self.json)
 
     @property
     def parsed_meshes(self) -> list[Mesh]:
         """The meshes, without devices."""
         return [Mesh.from_string(text) for text in self.mesh]
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlanOptions:
-    """What the flags of llmos-plan said, checked. Fields have the flags' names and meanings.
-
-    Raises:
-        ValueError: a value that no plan can have.
-    """
-
-    draw_schedule: str | None
-    stages: int
-    microbatches: int | None
-    num_chunks: int
-    png: str | None
-    json: str | None
-    preset: str
-    mesh: str | None
-    global_batch: int
-    seq_len: int | None
-    zero_stage: int
-    sequence_parallel: bool
-    context_method: str
-    rematerialise: str
-    offload: str | None
-
-    def __post_init__(self):
-        if not self.draw_schedule and not self.mesh:
-            raise ValueError(
-                f"What is to be planned? Give --draw_schedule={SCHEDULES[1]}, or another one of "
-                f"{', '.join(SCHEDULES)}, for its picture; or --mesh=data=8 and a --preset, for "
-                "the memory that each device needs."
-            )
-        counts = ("stages", "num_chunks", "global_batch")
-        check_counts(self, *counts, *(("microbatches",) if self.microbatches is not None else ()))
-        if self.png and not self.png.endswith(".png"):
-            raise ValueError(f"--png={self.png} is not the name of a .png file.")
-        for name in ("json", "png"):
-            check_folder_of(name, getattr(self, name))
-
-    def schedule(self) -> Schedule:
-        """Returns the schedule.
-
-        Returns:
-            The schedule, checked.
-
-        Raises:
-            ValueError: an unknown name, or numbers that it does not take.
-        """  # noqa: DOC502
-        return make_schedule(self.draw_schedule, self.stages, self.microbatches, self.num_chunks)
-
-    def run_options(self, schedule: str) -> dict[str, Any]:
-        """Returns what `llmos_tf.memory.estimate` takes beside a configuration and a mesh.
-
-        Args:
-            schedule: the name of the one on the pipe axis.
-
-        Returns:
-            Its keyword arguments.
-
-        Raises:
-            ValueError: options that do not fit the mesh.
-        """  # noqa: DOC502
-        mesh = Mesh.from_string(self.mesh)
-        options = MeshOptions(
-            zero_stage=self.zero_stage,
-            sequence_parallel=self.sequence_parallel,
-            context_method=self.context_method,
-            schedule=schedule,
-            num_microbatches=self.microbatches if mesh.axis_size("pipe") > 1 else None,
-            num_chunks=self.num_chunks,
-            offload=self.offload,
-        ).resolved(mesh)
-        return {
-            "global_batch": self.global_batch,
-            "seq_len": self.seq_len,
-            "zero_stage": options.zero_stage,
-            "sequence_parallel": options.sequence_parallel,
-            "context_method": options.context_method,
-            "schedule": options.schedule,
-            "num_microbatches": options.num_microbatches,
-            "num_chunks": options.num_chunks,
-            "rematerialise": self.rematerialise,
-            "offload": options.offload,
-        }
-
-
-def check_counts(options: Any, *names: str) -> None:
-    """Checks that flags are positive.
-
-    Args:
-        options: has them as fields.
-        *names: of the flags.
-
-    Raises:
-        ValueError: one that is less than 1.
-    """
-    for name in names:
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name} is at least 1. Received: {getattr(options, name)}.")
-
-
-def _check_axes(options: RunOptions | VerifyOptions, meshes: Sequence[Mesh]) -> None:
-    """Finds a flag of an axis that no mesh has, or that the axis cannot have."""
-    check_counts(options, "num_chunks")
-    if options.microbatches is not None:
-        check_counts(options, "microbatches")
-    for name, known in (("schedule", SCHEDULES), ("context_method", CONTEXT_METHODS)):
-        if getattr(options, name) not in known:
-            raise ValueError(
-                f"--{name} is one of {', '.join(known)}. Received: {getattr(options, name)!r}."
-            )
-    for name, default, axis in (
-        ("microbatches", None, "pipe"),
-        ("schedule", "1f1b", "pipe"),
-        ("num_chunks", 1, "pipe"),
-        ("context_method", "ring", "context"),
-    ):
-        given = getattr(options, name)
-        if given != default and all(mesh.axis_size(axis) == 1 for mesh in meshes):
-            raise ValueError(
-                f"--{name}={given} is for the axis {axis}, which has size 1. Received: "
-                f"--mesh={' --mesh='.join(map(str, meshes))}. Add {axis}=2 to it, or leave "
-                f"--{name} out."
-            )
-    for mesh in meshes:
-        if mesh.axis_size("pipe") > 1:
-            MeshOptions(
-                schedule=options.schedule,
-                num_microbatches=options.microbatches,
-                num_chunks=options.num_chunks,
-            ).resolved(mesh)
-
-
-def check_folder_of(name: str, path: str | None) -> None:
-    """Finds before the run that its results could not be written.
-
-    Args:
-        name: of the flag.
-        path: of the file, or None for none.
-
-    Raises:
-        ValueError: its folder does not exist, or a picture has another ending than .png.
-    """
-    if name == "png" and path and not path.endswith(".png"):
-        raise ValueError(f"--png={path} is not the name of a .png file.")
-    if path and not Path(path).absolute().parent.is_dir():
-        raise ValueError(
-            f"--{name}={path}: the folder {Path(path).absolute().parent} does not exist. Make it "
-            "first, or name a file in another one."
-        )

@@ -15,6 +15,9 @@ This version is synchronous, and one process that holds all ranks writes it: tra
 full tensors are gathered on the host, one variable at a time. Sharded and asynchronous writing
 belong to a later version.
 
+`latest_checkpoint` and `load_config` need no TensorFlow; the other names import it when they are
+first used.
+
 Example:
     >>> save_checkpoint("run", model, step=120, extra={"batches": batches.state()})
     PosixPath('run/step-00000120')
@@ -25,10 +28,15 @@ Example:
     120
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from llmos_tf.checkpoint.folders import latest_checkpoint
 from llmos_tf.checkpoint.manifest import load_config
-from llmos_tf.checkpoint.restoring import RestoredState, restore_checkpoint
-from llmos_tf.checkpoint.saving import save_checkpoint
+
+if TYPE_CHECKING:
+    from llmos_tf.checkpoint.restoring import RestoredState, restore_checkpoint
+    from llmos_tf.checkpoint.saving import save_checkpoint
 
 __all__ = [
     "RestoredState",
@@ -37,3 +45,21 @@ __all__ = [
     "restore_checkpoint",
     "save_checkpoint",
 ]
+
+# Names that need TensorFlow, and the module that defines each.
+_LAZY = {
+    "RestoredState": "llmos_tf.checkpoint.restoring",
+    "restore_checkpoint": "llmos_tf.checkpoint.restoring",
+    "save_checkpoint": "llmos_tf.checkpoint.saving",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(_LAZY[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

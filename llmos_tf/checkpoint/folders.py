@@ -11,6 +11,8 @@ from pathlib import Path
 STATE_FILE = "state.json"
 MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
+# Folder of the checkpoints in the workdir of a run of llmos-train.
+RUN_FOLDER = "checkpoints"
 
 # Of a folder that is being written or removed. Never the name of a checkpoint.
 _WRITING = ".writing-"
@@ -50,7 +52,9 @@ def latest_checkpoint(directory: str | Path) -> Path | None:
     """Returns the checkpoint of the highest step.
 
     Args:
-        directory: the folder that `save_checkpoint` writes to; it may not exist.
+        directory: what `--checkpoint` of the programs takes: the folder that `save_checkpoint`
+            writes to, the workdir of a run of llmos-train, or a checkpoint, which is returned. It
+            may not exist.
 
     Returns:
         Its path, or None where there is no checkpoint.
@@ -59,7 +63,10 @@ def latest_checkpoint(directory: str | Path) -> Path | None:
         >>> latest_checkpoint("run")
         PosixPath('run/step-00000120')
     """
-    found = list_checkpoints(Path(directory))
+    directory = Path(directory)
+    if (directory / STATE_FILE).is_file():
+        return directory
+    found = list_checkpoints(directory / RUN_FOLDER) or list_checkpoints(directory)
     return found[-1][1] if found else None
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llmos_tf.checkpoint.folders import STATE_FILE, latest_checkpoint
-from llmos_tf.checkpoint.tensor_files import TensorRecord
+from llmos_tf.checkpoint.records import TensorRecord
 from llmos_tf.config import ModelConfig
 
 _FORMAT = "llmos_tf checkpoint"

@@ -11,7 +11,8 @@ import tensorflow as tf
 from llmos_tf.checkpoint.contents import Contents, model_contents, training_contents
 from llmos_tf.checkpoint.folders import MODEL_FILE, OPTIMIZER_FILE
 from llmos_tf.checkpoint.manifest import Manifest, read_manifest
-from llmos_tf.checkpoint.tensor_files import TensorRecord, read_tensors
+from llmos_tf.checkpoint.records import TensorRecord
+from llmos_tf.checkpoint.tensor_files import read_tensors
 from llmos_tf.config import ModelConfig
 
 # Names that a message shows before it counts the others.

@@ -12,12 +12,14 @@ import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import keras
 import numpy as np
 import tensorflow as tf
 from safetensors import SafetensorError, safe_open
+
+from llmos_tf.checkpoint.records import TensorRecord
 
 # Keras dtype -> name in the format.
 _CODES = {
@@ -36,22 +38,6 @@ _CODES = {
     "bool": "BOOL",
 }
 _ALIGNMENT = 8
-
-
-class TensorRecord(NamedTuple):
-    """What is known of a stored tensor.
-
-    Attributes:
-        name: its key in the file.
-        shape: full shape.
-        dtype: Keras's name of it.
-        crc32: of its bytes.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    crc32: int
 
 
 def check_dtypes(variables: Mapping[str, keras.Variable]) -> None:

@@ -7,7 +7,7 @@ which text flows through them:
 2. a `Tokenizer` turns each document into token ids;
 3. `pack_documents` lays them end to end and cuts windows of one length;
 4. `BatchIterator` hands the windows out as batches of static shape, and can be resumed exactly;
-5. `bigram_bits_per_byte` says what a model has to beat on the held-out documents.
+5. `bigram_bits_per_byte` is what a model has to beat on the held-out documents.
 
 `load_text_data` does the first three in one call.
 """

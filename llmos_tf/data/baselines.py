@@ -12,10 +12,9 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from llmos_tf.data.packing import PackedTokens
-
-# The counts are one square table: 128 MiB of them at this size.
-_MAX_VOCAB_SIZE = 4096
+# Byte 0xFF occurs nowhere in UTF-8, as in `ByteTokenizer`.
+_END = 255
+_NUM_SYMBOLS = 256
 
 
 def count_bytes(documents: Iterable[str | bytes]) -> int:
@@ -57,68 +56,55 @@ def bits_per_byte(total_loss: float, num_bytes: int) -> float:
 
 
 def bigram_bits_per_byte(
-    train_tokens: PackedTokens,
-    heldout_tokens: PackedTokens,
-    heldout_bytes: int,
-    vocab_size: int = 256,
-    smoothing: float = 0.1,
+    train: Iterable[str], heldout: Iterable[str], smoothing: float = 0.1
 ) -> float:
-    """Returns the bits per byte of a bigram model, counted on one text and scored on another.
+    """Returns the bits per byte of a bigram model of bytes, counted on one text, scored on another.
 
-    With c(a, b) the number of times that b follows a in the training documents, V = `vocab_size`
-    and s = `smoothing`, the model is p(b | a) = (c(a, b) + s) / (sum over b of c(a, b) + s V).
-    Pairs across two documents and the padding are neither counted nor scored: they have weight 0
-    in the packed tokens, as they have for the model that is compared with this one.
+    With c(a, b) the number of times that byte b follows byte a in the training documents and
+    s = `smoothing`, the model is p(b | a) = (c(a, b) + s) / (sum over b of c(a, b) + 256 s), where
+    0xFF, which is no byte of UTF-8, stands for the end of a document. Pairs across two documents
+    are neither counted nor scored. It is a model of bytes, whatever the tokenizer of the model that
+    is compared with it.
 
     Args:
-        train_tokens: the packed training documents, of byte tokens for a byte bigram model.
-        heldout_tokens: the packed held-out documents, of any sequence length.
-        heldout_bytes: the UTF-8 bytes of the held-out documents.
-        vocab_size: the number of ids, at most 4096: the model is a table of its square.
+        train: the training documents.
+        heldout: the held-out documents.
         smoothing: what is added to each count, more than 0.
 
     Returns:
         Bits per byte of the held-out documents.
 
     Raises:
-        ValueError: if `vocab_size` or `smoothing` is out of range, or a token is not below
-            `vocab_size`.
+        ValueError: if `smoothing` is out of range, or there are no held-out bytes.
 
     Example:
-        >>> from llmos_tf.data import ByteTokenizer, pack_documents
-        >>> train, heldout = (
-        ...     pack_documents([ByteTokenizer().encode(text)], 64, end_of_document=255)
-        ...     for text in ("ab" * 500, "ab" * 5)
-        ... )
-        >>> bigram_bits_per_byte(train, heldout, heldout_bytes=10) < 1.0
+        >>> bigram_bits_per_byte(["ab" * 500], ["ab" * 5]) < 1.0
         True
     """
-    if not 1 <= vocab_size <= _MAX_VOCAB_SIZE:
-        raise ValueError(
-            f"The bigram model takes a vocab_size between 1 and {_MAX_VOCAB_SIZE}; received "
-            f"{vocab_size}. For a larger vocabulary pack the same documents with ByteTokenizer: "
-            "bits per byte compare across tokenizers."
-        )
     if not (smoothing > 0.0 and math.isfinite(smoothing)):
         raise ValueError(
             f"smoothing must be more than 0, or an unseen pair costs infinitely many bits; "
             f"received {smoothing!r}."
         )
-    pairs = _pair_counts(train_tokens, vocab_size, "train_tokens")
+    pairs, _ = _count_pairs(train)
     firsts = pairs.sum(axis=1, keepdims=True)
-    log_probability = np.log(pairs + smoothing) - np.log(firsts + smoothing * vocab_size)
-    scored = _pair_counts(heldout_tokens, vocab_size, "heldout_tokens")
-    return bits_per_byte(-float(np.sum(scored * log_probability)), heldout_bytes)
+    log_probability = np.log(pairs + smoothing) - np.log(firsts + smoothing * _NUM_SYMBOLS)
+    scored, num_bytes = _count_pairs(heldout)
+    return bits_per_byte(-float(np.sum(scored * log_probability)), num_bytes)
 
 
-def _pair_counts(packed: PackedTokens, vocab_size: int, name: str) -> np.ndarray:
-    """Returns how often each token follows each other in a document, `[vocab, vocab]`."""
-    largest = int(packed.tokens.max())
-    if largest >= vocab_size:
-        raise ValueError(
-            f"{name} holds the token {largest}, but vocab_size is {vocab_size}. Pack with "
-            "ByteTokenizer, or give the vocab_size of the tokenizer."
-        )
-    counted = packed.weights > 0.0
-    pairs = packed.inputs[counted].astype(np.int64) * vocab_size + packed.targets[counted]
-    return np.bincount(pairs, minlength=vocab_size**2).reshape(vocab_size, vocab_size)
+def _count_pairs(documents: Iterable[str]) -> tuple[np.ndarray, int]:
+    """Returns how often each symbol follows each other in a document, and the bytes of all."""
+    counts = np.zeros(_NUM_SYMBOLS**2, np.int64)
+    num_bytes = 0
+    for document in documents:
+        symbols = np.frombuffer(document.encode("utf-8"), np.uint8).astype(np.int64)
+        num_bytes += symbols.size
+        symbols = np.append(symbols, _END)
+        pairs = symbols[:-1] * _NUM_SYMBOLS + symbols[1:]
+        if pairs.size < counts.size:
+            # Of many short documents not a table for each.
+            np.add.at(counts, pairs, 1)
+        else:
+            counts += np.bincount(pairs, minlength=counts.size)
+    return counts.reshape(_NUM_SYMBOLS, _NUM_SYMBOLS), num_bytes

@@ -13,6 +13,8 @@ from llmos_tf.data.packing import PackedTokens
 Batch: TypeAlias = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 _MAX_SEED = 2**64 - 1
+# What a hash is of, for messages.
+_NAMES = {"fingerprint": "the fingerprint of text, tokenizer and sequence length"}
 
 
 class BatchIterator(Iterator[Batch]):
@@ -115,7 +117,7 @@ class BatchIterator(Iterator[Batch]):
                 f"the keys {sorted(map(str, state))}."
             )
         differences = [
-            f"{key} is {state[key]!r} in the state and {value!r} here"
+            f"{_NAMES.get(key, key)} is {state[key]!r} in the state and {value!r} here"
             for key, value in identity.items()
             if state[key] != value
         ]

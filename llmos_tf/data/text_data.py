@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from llmos_tf.data.baselines import count_bytes
+from llmos_tf.data.baselines import bigram_bits_per_byte, count_bytes
 from llmos_tf.data.corpora import load_corpus
 from llmos_tf.data.packing import PackedTokens, pack_documents
 from llmos_tf.data.tokenizers import Tokenizer, load_tokenizer
@@ -19,19 +19,22 @@ class TextData:
         train: the packed training documents.
         heldout: the packed held-out documents.
         heldout_bytes: the UTF-8 bytes of the held-out documents, what bits per byte divide by.
+        bigram_bits_per_byte: of a bigram model of bytes, which a model has to beat on the held-out
+            documents.
         tokenizer: what turned text into the tokens, and turns tokens into text.
         corpus_name: where the documents come from, for reports.
 
     Example:
         ```python
         data = load_text_data("stdlib", tokenizer=None, sequence_length=256)
-        baseline = bigram_bits_per_byte(data.train, data.heldout, data.heldout_bytes)
+        baseline = data.bigram_bits_per_byte
         ```
     """
 
     train: PackedTokens
     heldout: PackedTokens
     heldout_bytes: int
+    bigram_bits_per_byte: float
     tokenizer: Tokenizer
     corpus_name: str
 
@@ -77,6 +80,7 @@ def load_text_data(
         train=train,
         heldout=heldout,
         heldout_bytes=count_bytes(corpus.heldout),
+        bigram_bits_per_byte=bigram_bits_per_byte(corpus.train, corpus.heldout),
         tokenizer=tokenizer,
         corpus_name=corpus.name,
     )

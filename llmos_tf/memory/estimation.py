@@ -11,11 +11,8 @@ from llmos_tf.memory.liveness import READS
 from llmos_tf.mesh import Mesh
 from llmos_tf.options import MeshOptions
 from llmos_tf.planning.memory_model import memory_of
-from llmos_tf.planning.plan import Plan
+from llmos_tf.planning.plan import COMPUTE_BYTES, Plan
 from llmos_tf.planning.schedules import make_schedule
-
-# Compute types of Keras's policies, in bytes. Weights are float32.
-_POLICIES = {"float32": 4, "mixed_float16": 2, "mixed_bfloat16": 2}
 
 
 def estimate(
@@ -79,9 +76,9 @@ def estimate(
     """  # noqa: DOC502
     without_strategy = mesh is None
     mesh = Mesh() if mesh is None else mesh
-    if dtype_policy not in _POLICIES:
+    if dtype_policy not in COMPUTE_BYTES:
         raise ValueError(
-            f"dtype_policy is one of {', '.join(_POLICIES)}. Received: {dtype_policy!r}."
+            f"dtype_policy is one of {', '.join(COMPUTE_BYTES)}. Received: {dtype_policy!r}."
         )
     stages = mesh.axis_size("pipe")
     offload = MeshOptions(offload=offload).resolved(mesh).offload
@@ -109,7 +106,7 @@ def estimate(
         update="keras" if without_strategy else "fused",
         decays=bool(optimizer.weight_decay),
         early_values=_num_early(optimizer, dtype_policy) if without_strategy else 0,
-        compute_bytes=_POLICIES[dtype_policy],
+        compute_bytes=COMPUTE_BYTES[dtype_policy],
         bucket_bytes=bucket_bytes,
         rematerialise=rematerialise or "none",
         offload=offload,

@@ -10,6 +10,8 @@ from llmos_tf.planning.weights import Weight, weights_of
 
 # Of the options of `MeshStrategy` those that are no number.
 REMATERIALISE = ("none", "full", "block", "selective")
+# Bytes of a number that is computed with, by Keras's dtype policies. Weights are float32.
+COMPUTE_BYTES = {"float32": WIDE, "mixed_float16": 2, "mixed_bfloat16": 2}
 
 
 @dataclass(frozen=True, kw_only=True)

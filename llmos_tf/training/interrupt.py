@@ -1,11 +1,12 @@
 """SIGINT and SIGTERM as a wish to stop after the step that is running."""
 
+import os
 import signal
 from types import FrameType, TracebackType
 
 
 class GracefulStop:
-    """Notes the first SIGINT or SIGTERM while it is entered; the second one acts as usual.
+    """Notes the first SIGINT or SIGTERM while it is entered, and says so; the second acts as usual.
 
     Example:
         >>> with GracefulStop() as stop:
@@ -33,6 +34,9 @@ class GracefulStop:
     def _note(self, number: int, frame: FrameType | None) -> None:
         del frame
         self.requested = signal.Signals(number).name
+        # Not by print, which may be what was interrupted. A first step takes minutes to trace.
+        line = f"\n{self.requested}: stopping after this step. Once more stops at once.\n"
+        os.write(2, line.encode())
         self._restore()
 
     def _restore(self) -> None:

@@ -28,6 +28,7 @@ class RunReport:
     Example:
         >>> with RunReport(workdir, 0, 900, 2048, 5e6, 1e11) as report:
         ...     report.step(1, loss=5.5, learning_rate=1e-3)
+        ...     report.show_bar(1)
     """
 
     def __init__(
@@ -44,14 +45,8 @@ class RunReport:
         self._keep_steps_before(first_step)
         self._file = self._path.open("a", encoding="utf-8")
         self._writer = tf.summary.create_file_writer(str(workdir / "tensorboard"))
-        self._bar = tqdm.tqdm(
-            total=total_steps,
-            initial=first_step,
-            unit="step",
-            dynamic_ncols=True,
-            smoothing=0.1,
-            mininterval=bar_interval(),
-        )
+        self._total_steps = total_steps
+        self._bar: tqdm.tqdm | None = None
         self._tokens_per_step = tokens_per_step
         self._flops_per_token = flops_per_token
         self._peak_flops = peak_flops
@@ -62,7 +57,8 @@ class RunReport:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._bar.close()
+        if self._bar is not None:
+            self._bar.close()
         self._file.close()
         self._writer.close()
 
@@ -93,25 +89,44 @@ class RunReport:
             for name in (*_SCALARS, *scalars):
                 if not (self._is_first and name in ("tokens_per_second", "mfu")):
                     write_scalar(name, row[name], step)
-        # The first step traces, so its rate would only mislead.
-        shown = {"loss": f"{loss:.3f}"}
-        if not self._is_first:
-            shown |= {"tok/s": f"{rate:,.0f}", "MFU": f"{row['mfu']:.1%}"}
-        self._bar.set_postfix(shown, refresh=False)
-        self._bar.update(1)
+        if self._bar is not None:
+            shown = {"loss": f"{loss:.3f}", "tok/s": f"{rate:,.0f}", "MFU": f"{row['mfu']:.1%}"}
+            self._bar.set_postfix(shown, refresh=False)
+            self._bar.update(1)
         self._is_first = False
+
+    def show_bar(self, step: int) -> None:
+        """Shows a progress bar from now on, whose estimate of the time left begins here.
+
+        Called after the first step, which traces and takes as long as hundreds of others.
+
+        Args:
+            step: the number of steps done.
+        """
+        self._bar = tqdm.tqdm(
+            total=self._total_steps,
+            initial=step,
+            unit="step",
+            dynamic_ncols=True,
+            # The mean of all steps: checkpoints are part of the time left.
+            smoothing=0,
+            mininterval=bar_interval(),
+        )
 
     def pause(self) -> None:
         """Leaves the time until the next step out of its rate, after a checkpoint, say."""
         self._last = time.perf_counter()
 
     def say(self, text: str) -> None:
-        """Prints a line above the bar.
+        """Prints a line, above the bar if there is one.
 
         Args:
             text: the line.
         """
-        self._bar.write(text)
+        if self._bar is None:
+            print(text, flush=True)
+        else:
+            self._bar.write(text)
 
     def _keep_steps_before(self, first_step: int) -> None:
         if not self._path.exists():
@@ -159,19 +174,36 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def draw_curves(rows: list[dict[str, Any]], path: Path, title: str) -> None:
+def draw_curves(
+    rows: list[dict[str, Any]],
+    path: Path,
+    title: str,
+    baseline: float | None = None,
+    heldout: float | None = None,
+) -> None:
     """Draws loss and tokens/s over steps as a PNG.
 
     Args:
         rows: as `read_metrics` returns them.
         path: of the picture.
         title: above it.
+        baseline: loss of a bigram model on the held-out text, nats per token; None to leave it out.
+        heldout: loss of the model on the held-out text after the last step, nats per token; None
+            while there is none.
     """
     figure = matplotlib.figure.Figure(figsize=(10, 4), layout="constrained")
     figure.suptitle(title)
     steps = [row["step"] for row in rows]
     left, right = figure.subplots(1, 2)
-    left.plot(steps, [row["loss"] for row in rows], color="tab:blue", linewidth=1)
+    losses = [row["loss"] for row in rows]
+    left.plot(steps, losses, color="tab:blue", linewidth=1, label="training")
+    if baseline is not None:
+        label = f"bigram model, held-out text: {baseline:.3f}"
+        left.axhline(baseline, color="tab:gray", linestyle="--", linewidth=1, label=label)
+    if heldout is not None:
+        label = f"held-out text: {heldout:.3f}"
+        left.plot(steps[-1:], [heldout], "o", color="tab:orange", label=label)
+    left.legend()
     left.set(xlabel="step", ylabel="loss (nats per token)", title="Loss")
     # Without the first step of a run, which traces.
     fast = [row for row in rows if row["seconds"] < 5 * _median(row["seconds"] for row in rows)]

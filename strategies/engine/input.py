@@ -106,10 +106,15 @@ def deal_dataset(dataset: tf.data.Dataset, ways: int, is_split: bool) -> MeshDat
         A step for each `ways` batches; where the last ones do not suffice, the remaining replicas
         get batches of no rows. Elements that are not batches have to suffice.
     """
-    rest = _batches_of_no_rows(dataset.element_spec, ways)
+    empty = tf.nest.map_structure(no_rows, dataset.element_spec)
+    has_rows = all(batch is not None for batch in tf.nest.flatten(empty))
 
     def deal(*window):
-        batches = tf.data.Dataset.zip(_element(dataset, window)).concatenate(rest)
+        batches = tf.data.Dataset.zip(_element(dataset, window))
+        if has_rows:
+            batches = batches.concatenate(tf.data.Dataset.from_tensors(empty).repeat(ways))
+        else:
+            _check_all_there(batches, ways)
         return tuple(batches.skip(i).take(1).get_single_element() for i in range(ways))
 
     steps = dataset.window(ways).map(deal, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
@@ -362,29 +367,14 @@ def _element(dataset: tf.data.Dataset, arguments: tuple) -> Any:
     return arguments if type(dataset.element_spec) is tuple else arguments[0]
 
 
-def _batches_of_no_rows(spec: Any, ways: int) -> tf.data.Dataset:
-    """For replicas for which there is no batch; an error where there has to be one."""
-    batch = tf.nest.map_structure(no_rows, spec)
-    leaves = zip(tf.nest.flatten(spec), tf.nest.flatten(batch), strict=True)
-    missing = [leaf_spec for leaf_spec, leaf in leaves if leaf is None]
-    if not missing:
-        return tf.data.Dataset.from_tensors(batch).repeat(ways)
+def _check_all_there(elements: tf.data.Dataset, ways: int) -> None:
+    """Refuses a step in which a replica has no element, and none without rows can be made up."""
+    count = elements.reduce(0, lambda count, *_: count + 1)
     message = (
         "The dataset that the function given to distribute_datasets_from_function returns ends "
-        f"before each of {ways} replicas has an element for the last step. Batches of no rows "
-        f"would stand in for it, but {missing[0]} is no batch. Batch the dataset by "
-        "context.get_per_replica_batch_size(global_batch_size), or give it a multiple of "
-        f"{ways} elements."
+        f"before each of {ways} replicas has an element for the last step. A batch of no rows "
+        f"would stand in for it, but these are no batches: {elements.element_spec}. Batch the "
+        "dataset by context.get_per_replica_batch_size(global_batch_size), or give it a multiple "
+        f"of {ways} elements."
     )
-    if not all(isinstance(leaf, tf.TensorSpec) for leaf in missing):
-        raise ValueError(message)
-
-    def refuse(zero):
-        with tf.control_dependencies([tf.debugging.Assert(zero > 0, [message])]):
-            return tf.nest.map_structure(
-                lambda s, x: tf.zeros([n or 0 for n in s.shape], s.dtype) if x is None else x,
-                spec,
-                batch,
-            )
-
-    return tf.data.Dataset.from_tensors(0).map(refuse).repeat(ways)
+    tf.debugging.Assert(tf.equal(count, ways), [message, "Elements:", count])

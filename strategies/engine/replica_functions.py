@@ -43,7 +43,7 @@ def inputs_of(args: tuple) -> Any:
 
 
 def check_inputs(extended: Any, fn: Callable, args: tuple) -> None:
-    """Has the model of a step check that the mesh can split its inputs, before it is traced.
+    """Checks that the mesh can split the inputs of a step's model, before it is traced.
 
     Args:
         extended: the strategy's `MeshExtended`.
@@ -51,8 +51,28 @@ def check_inputs(extended: Any, fn: Callable, args: tuple) -> None:
         args: its arguments.
 
     Raises:
-        ValueError: by the model's `check_inputs_on_mesh`, if it has one.
+        ValueError: by the model's `check_inputs_on_mesh`, if it has one, or a recurrent layer keeps
+            a state for each row of the batch.
     """  # noqa: DOC502
-    check = getattr(model_of(fn), "check_inputs_on_mesh", None)
+    model = model_of(fn)
+    if model is None:
+        return
+    _check_recurrent_layers(extended, model)
+    check = getattr(model, "check_inputs_on_mesh", None)
     if check is not None:
         check(inputs_of(args), extended.mesh, extended.options)
+
+
+def _check_recurrent_layers(extended: Any, model: keras.Model) -> None:
+    microbatches = 1 if extended.schedule is None else extended.options.num_microbatches
+    parts = extended.mesh.batch_ways * microbatches
+    if parts == 1:
+        return
+    for layer in model._flatten_layers():
+        if isinstance(layer, keras.layers.RNN) and layer.stateful:
+            raise ValueError(
+                f"The layer {layer.name!r} is stateful: it keeps a state for each row of the "
+                f"batch, which is split into {parts} parts here. Take a mesh without the axes "
+                "data, fsdp and pipe, or leave out stateful=True and hand the states from batch to "
+                "batch yourself, with return_state=True and initial_state."
+            )

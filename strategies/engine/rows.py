@@ -46,12 +46,12 @@ def no_rows(spec: Any) -> Any:
     Returns:
         A value of that spec; None where what has no rows cannot be left out.
     """
-    if isinstance(spec, tf.RaggedTensorSpec):
+    if isinstance(spec, tf.RaggedTensorSpec) and spec.ragged_rank:
         flat = tf.zeros([0, *(n or 0 for n in spec.shape[spec.ragged_rank + 1 :])], spec.dtype)
         splits = [tf.zeros([1], spec.row_splits_dtype)] * spec.ragged_rank
         return tf.RaggedTensor.from_nested_row_splits(flat, splits)
     shape = getattr(spec, "shape", None)
-    if shape is None or not shape.rank:
+    if isinstance(spec, tf.RaggedTensorSpec) or shape is None or not shape.rank:
         return None
     shape = [0, *(length or 0 for length in shape[1:])]
     if isinstance(spec, tf.SparseTensorSpec):

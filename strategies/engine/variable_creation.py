@@ -36,13 +36,17 @@ def make_variable(extended: Any, next_creator: Callable, kwargs: dict[str, Any])
     is_overwritten = kwargs.pop(OVERWRITTEN, False)
     name = kwargs.get("name") or "variable"
     path = "/".join(filter(None, (_internal.current_path(), name)))
+    is_loaded = kwargs["initial_value"] is None
+    if is_loaded:
+        next_creator, kwargs = _restored_later(next_creator, kwargs)
     initial = _initial_value(kwargs)
     strategy = extended.container_strategy()
 
     host = _host_of(extended, kwargs, beside)
     shape = tuple(initial.shape)
     is_metric = kwargs.get("synchronization") == tf.VariableSynchronization.ON_READ
-    if is_metric or is_overwritten:
+    # The functions of a loaded model read the resource itself.
+    if is_metric or is_overwritten or is_loaded:
         layout = update_layout = Layout((None,) * len(shape))
     else:
         layout, update_layout = _layouts(extended, path, shape, kwargs, beside)
@@ -162,6 +166,19 @@ def _components(
                 own_name = name if position == 0 else f"{name}/rank_{rank}/"
                 components.append(_component(next_creator, kwargs, own_name, part))
     return components
+
+
+def _restored_later(next_creator: Callable, kwargs: dict) -> tuple[Callable, dict]:
+    """The maker and its arguments of a variable that `tf.saved_model.load` gives a value later."""
+    with tf.init_scope(), tf.device("CPU:0"):
+        # For others, TensorFlow says here that they need a value.
+        like = next_creator(**kwargs)
+
+    def make(initial_value, name, **others):
+        trainable, dtype = others["trainable"], others["dtype"]
+        return _internal.ResourceVariable(initial_value, trainable, name=name, dtype=dtype)
+
+    return make, {**kwargs, "initial_value": tf.zeros(like.shape, like.dtype)}
 
 
 def _initial_value(kwargs: dict) -> tf.Tensor:

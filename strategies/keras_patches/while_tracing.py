@@ -30,6 +30,7 @@ from llmos_tf.collectives import batch
 from llmos_tf.sharding import MetricVariable, ShardedVariable, read_for_all
 from llmos_tf.sharding.replication_analysis import varying_axes
 from llmos_tf.spmd.program import current_program
+from llmos_tf.spmd.replacements import replaced_in_program
 from llmos_tf.strategies.keras_layers import layer_replacements
 from llmos_tf.strategies.keras_patches.layer_calls import compiled_call, compiles_blocks
 from llmos_tf.strategies.optimizer.apply import apply_gradients, apply_scaled_gradients
@@ -41,7 +42,7 @@ _loss = _internal.keras_loss
 def replica_hooks() -> Iterator[None]:
     """Enters the replacements for the time a program is traced."""
     base, scaled = _internal.BaseOptimizer, _internal.LossScaleOptimizer
-    with _internal.patched(
+    with replaced_in_program(
         {
             (_loss, "reduce_values"): _outside_metrics(reduce_values),
             (_loss, "apply_mask"): _outside_metrics(apply_mask),
@@ -89,6 +90,22 @@ def hook_compile() -> None:
         compiles_blocks(model)
 
     _internal.Trainer.compile = compile
+    for name in ("make_train_function", "make_test_function", "make_predict_function"):
+        made = getattr(_internal.TensorFlowTrainer, name)
+        setattr(_internal.TensorFlowTrainer, name, _with_compiled_blocks(made))
+
+
+def _with_compiled_blocks(make: Callable) -> Callable:
+    """What makes a step's function, also of a model whose `jit_compile` was set by hand."""
+
+    @functools.wraps(make)
+    def make_function(model, *args, **kwargs):
+        is_on_mesh = getattr(model.distribute_strategy.extended, "mesh", None) is not None
+        if is_on_mesh and model.jit_compile:
+            compiles_blocks(model)
+        return make(model, *args, **kwargs)
+
+    return make_function
 
 
 # Arguments of `compile` that may be, or hold, objects with variables.

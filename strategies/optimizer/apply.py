@@ -17,6 +17,7 @@ from keras import ops
 from llmos_tf import _internal
 from llmos_tf.sharding import ShardedVariable
 from llmos_tf.spmd.program import ReplicaProgram, current_program
+from llmos_tf.spmd.replacements import replaced_in_program
 from llmos_tf.strategies.gradients.clipping import clip_gradients
 from llmos_tf.strategies.gradients.sync import (
     gather_updated_parts,
@@ -194,12 +195,9 @@ def _change_weights(program: ReplicaProgram, optimizer: Any, gradients, variable
             # The update by rows reads the whole variable, decayed.
             with tf.device(None):
                 gather_updated_parts(program)
-        with _internal.patched(
-            {
-                (_internal.keras_core.Variable, "shape"): _shape_as_read,
-                (_internal.TFOptimizer, "_distributed_tf_update_step"): fused_update,
-            }
-        ):
+        step = (_internal.TFOptimizer, "_distributed_tf_update_step")
+        shape = (_internal.keras_core.Variable, "shape")
+        with replaced_in_program({step: fused_update}), _internal.patched({shape: _shape_as_read}):
             optimizer._backend_update_step(gradients, variables, optimizer.learning_rate)
 
 

@@ -1,10 +1,16 @@
-"""The programs, end to end: train, resume, evaluate, generate, and what they refuse."""
+"""The programs, end to end: train, resume, evaluate, generate, and what they refuse.
+
+The run that most tests read has a tokenizer of its own, of 8,000 tokens. Runs of bytes are in
+`test_a_signal_saves_and_ends` and in tests of single programs.
+"""
 
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,28 +18,46 @@ import tokenizers as hf
 from safetensors.numpy import load_file
 
 from llmos_tf.scripts import evaluate, generate, train
+from llmos_tf.scripts.programs import train as work
+from llmos_tf.training.flops import describe_peak
 
 pytestmark = pytest.mark.graph_optimizer
 
 # Eight virtual devices are there for all tests; a program may use fewer.
 COMMON = ("--virtual_devices=8",)
-SMALL = (*COMMON, "--mesh=data=2,tensor=2", "--global_batch=4", "--seq_len=16", "--save_every=3")
+SMALL = (
+    *(*COMMON, "--preset=gpt_mini", "--mesh=data=2,tensor=2", "--global_batch=4", "--seq_len=16"),
+    *("--save_every=3", "--steps=6"),
+)
+NUM_TOKENS = 8000
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
+    """Words from all over the vocabulary of 8,000."""
     folder = tmp_path_factory.mktemp("text")
     for index in range(4):
-        words = " ".join(f"word{(index * 7 + k * k) % 23}" for k in range(80))
+        words = " ".join(f"word{347 * ((index * 7 + k * k) % 23)}" for k in range(80))
         (folder / f"{index}.txt").write_text(words)
     return f"--data={folder}/*.txt"
 
 
 @pytest.fixture(scope="module")
-def trained(text, tmp_path_factory):
-    """Work folder of a run of six steps."""
+def tokenizer(tmp_path_factory):
+    """A tokenizer of 8,000 tokens, one a word."""
+    path = tmp_path_factory.mktemp("tokenizer") / "own.json"
+    words = {f"word{i}": i for i in range(NUM_TOKENS - 1)} | {"</s>": NUM_TOKENS - 1}
+    tokenizer = hf.Tokenizer(hf.models.WordLevel(words, unk_token="word0"))
+    tokenizer.pre_tokenizer = hf.pre_tokenizers.Whitespace()
+    tokenizer.save(str(path))
+    return f"--tokenizer={path}"
+
+
+@pytest.fixture(scope="module")
+def trained(text, tokenizer, tmp_path_factory):
+    """Folder of a run of six steps, and its flags."""
     workdir = tmp_path_factory.mktemp("run") / "six"
-    return workdir, (*SMALL, text, "--steps=6", f"--workdir={workdir}")
+    return workdir, (*SMALL, text, tokenizer, f"--workdir={workdir}")
 
 
 @pytest.fixture
@@ -66,32 +90,35 @@ def test_a_run_leaves_what_it_says(finished):
     assert 0 < summary["bits_per_byte"] < 9
     printed = (finished / "printed.txt").read_text()
     sent = "In a step each device sends"
-    for words in ("842,496 parameters", "bits per byte", "a bigram model", "Continuation:", sent):
+    for words in ("5,289,472 parameters", "bits per byte", "a bigram model", "Continuation:", sent):
         assert words in printed
+    # The baseline is of bytes, whatever the tokens are.
+    assert 0 < summary["bigram_bits_per_byte"] < 8
+    # Utilisation says of what.
+    peak = describe_peak(summary["peak_flops"], summary["peak_source"])
+    assert f"{summary['mfu']:.1%} of {peak}" in printed
 
 
-def test_resume_goes_on_bit_for_bit(finished, trained, text, tmp_path, run_program):
-    """Fails if a resumed run repeats or skips data, forgets optimizer state, or restarts the
-    schedule: then losses after the resume, or the weights, differ in some bit."""
+def test_resume_goes_on_bit_for_bit(finished, trained, tmp_path, run_program):
+    """Fails if a run that was interrupted needs its flags again, repeats or skips data, forgets
+    optimizer state, or restarts the schedule: then losses after the resume, or the weights, differ
+    in some bit."""
     workdir = tmp_path / "resumed"
     arguments = [a for a in trained[1] if not a.startswith("--workdir")]
-    arguments.append(f"--workdir={workdir}")
 
-    class Interrupted(Exception):
-        pass
-
-    def after_three(run, step):
-        train_save(run, step)
+    def after_three(run, step, *more):
+        save(run, step, *more)
         if step == 3:
-            raise Interrupted
+            signal.raise_signal(signal.SIGINT)
 
-    train_save = train._save
+    save = work._save
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "_save", after_three)
-        with pytest.raises(Interrupted):
-            run_program(train, *arguments)
+        patch.setattr(work, "_save", after_three)
+        done = run_program(train, *arguments, f"--workdir={workdir}")
+    assert done.status == 0, done.err
+    assert f"--workdir={workdir} --resume" in done.out
     assert [row["step"] for row in metrics(workdir)] == [1, 2, 3]
-    done = run_program(train, *arguments, "--resume")
+    done = run_program(train, "--resume", f"--workdir={workdir}")
     assert done.status == 0, done.err
     whole, resumed = metrics(finished), metrics(workdir)
     assert [row["loss"] for row in resumed] == [row["loss"] for row in whole]
@@ -100,51 +127,57 @@ def test_resume_goes_on_bit_for_bit(finished, trained, text, tmp_path, run_progr
     assert set(weights) == set(expected)
     for key, value in expected.items():
         np.testing.assert_array_equal(weights[key], value, key)
+    done = run_program(train, "--resume", f"--workdir={workdir}")
+    assert (done.status, "Nothing is left to train" in done.out) == (0, True)
 
 
-def test_evaluate_on_another_mesh(finished, text, tmp_path, run_program):
-    """Fails if the mesh, the padding of the last batch or the batch size moves the figure."""
+def test_evaluate_takes_what_the_checkpoint_says(finished, tmp_path, run_program):
+    """Fails if other tokens, another text or another length is measured than was trained on, or
+    the mesh, the padding of the last batch or the batch size moves the figure."""
     out = tmp_path / "out.json"
     summary = json.loads((finished / "summary.json").read_text())
     done = run_program(
         evaluate,
         *COMMON,
         f"--checkpoint={finished}",
-        text,
-        "--seq_len=16",
         "--mesh=fsdp=2",
         "--global_batch=6",
         f"--json={out}",
     )
-    assert done.status == 0, done.err
+    assert (done.status, "Note" in done.err) == (0, False), done.err
     result = json.loads(out.read_text())
     # float32 sums over another mesh.
     assert result["bits_per_byte"] == pytest.approx(summary["bits_per_byte"], rel=1e-5)
+    assert result["bigram_bits_per_byte"] == summary["bigram_bits_per_byte"]
     assert f"{result['bits_per_byte']:.3f} bits per byte" in done.out
 
 
 def test_generate_says_the_same_on_every_mesh(finished, tmp_path, run_program):
-    """Fails if sampling depends on the mesh, or the prompt or the new text is lost."""
+    """Fails if sampling depends on the mesh, the tokenizer is not that of the run, or the prompt or
+    the new text is lost."""
     texts = {}
-    for mesh in ("1", "tensor=2"):
-        out = tmp_path / f"{mesh}.json"
+    # By default the mesh of the run.
+    for mesh in ((), ("--mesh=1", *COMMON)):
+        out = tmp_path / "out.json"
         done = run_program(
             generate,
-            *COMMON,
             f"--checkpoint={finished}/checkpoints/step-00000003",
-            f"--mesh={mesh}",
-            "--prompt=word1 ",
+            *mesh,
+            "--prompt=word347 ",
             "--max_new_tokens=8",
             "--seed=5",
             f"--json={out}",
         )
         assert done.status == 0, done.err
         result = json.loads(out.read_text())
-        assert result["prompt"] == "word1 "
-        assert done.out.startswith("word1 " + result["text"][:1])
+        assert result["prompt"] == "word347 "
+        assert result["tokens"][0] == 347
+        assert result["text"].startswith("word")
+        assert done.out == f"word347 {result['text']}\n"
         texts[mesh] = result["tokens"]
-    assert texts["1"] == texts["tensor=2"]
-    assert len(texts["1"]) <= len("word1 ") + 8
+    first, second = texts.values()
+    assert first == second
+    assert len(first) <= 1 + 8
 
 
 # What a person gets wrong, and the words that must be in the one paragraph of the answer.
@@ -196,7 +229,8 @@ def test_train_refuses_files_that_are_not_what_they_should_be(tmp_path, text, ru
     for arguments, expected in [
         ([f"--data={empty}"], "is empty"),
         ([text, f"--tokenizer={wrong}"], "wrong.json"),
-        ([text, f"--tokenizer={large}"], "301 tokens"),
+        ([text, f"--tokenizer={large}"], "has 301 tokens, and the model has only 256"),
+        ([text, f"--tokenizer={large}"], "gpt_mini (8,192)"),
         ([text, f"--workdir={empty}"], "is a file"),
     ]:
         done = run_program(train, *COMMON, workdir, *arguments)
@@ -211,37 +245,40 @@ def test_a_run_is_not_overwritten(finished, trained, run_program):
     assert "holds a run already" in done.err
 
 
-def test_a_checkpoint_of_another_model(finished, trained, text, run_program):
-    """Fails if weights of another model are loaded, or the refusal is a traceback."""
+def test_what_does_not_fit_a_checkpoint(finished, trained, text, tmp_path, run_program):
+    """Fails if another model, or a text that has changed, is trained on, or the refusal is a
+    traceback."""
     done = run_program(train, *trained[1], "--preset=llama_tiny", "--resume")
     assert done.status == 2
-    assert "gpt" in done.err
-    assert "llama" in done.err
+    assert "--preset=gpt_mini. Received: --preset=llama_tiny" in done.err
     nothing = run_program(evaluate, *COMMON, text, f"--checkpoint={finished}/no_such")
     assert (nothing.status, "no_such" in nothing.err) == (2, True)
     which = run_program(generate, *COMMON, "--prompt=a")
     assert (which.status, "--checkpoint" in which.err) == (2, True)
-    long = run_program(generate, *COMMON, f"--checkpoint={finished}", f"--prompt={'a' * 200}")
+    prompt = f"--prompt={'word1 ' * 200}"
+    long = run_program(generate, *COMMON, f"--checkpoint={finished}", "--mesh=1", prompt)
     assert (long.status, "128 positions" in long.err) == (2, True)
-
-
-@pytest.mark.parametrize("module", [train, evaluate, generate])
-def test_help_is_enough_to_start(module, run_program):
-    """Fails if help lacks an example, or a flag of the program."""
-    done = run_program(module, "--help")
-    assert done.status == 0
-    assert f"llmos-{module.__name__.rpartition('.')[2]} " in done.out
-    for name in module._FLAGS:
-        assert f"--{name}\n" in done.out
-    assert max(map(len, done.out.splitlines())) <= 100
+    file = Path(text.removeprefix("--data=")).with_name("0.txt")
+    before = file.read_text()
+    try:
+        file.write_text(before + " word1")
+        done = run_program(train, "--resume", f"--workdir={finished}", "--steps=7")
+    finally:
+        file.write_text(before)
+    assert done.status == 2
+    assert "has changed since the checkpoint" in done.err
 
 
 def test_a_signal_saves_and_ends(text, tmp_path):
-    """Fails if SIGTERM kills the run, loses a step, or ends it with an error."""
+    """Fails if SIGTERM kills the run, loses a step, or ends it with an error; or if notes of
+    TensorFlow are printed among the program's own lines."""
     workdir = tmp_path / "run"
     arguments = ["--mesh=1", "--global_batch=4", "--seq_len=16", "--steps=100000", text]
     command = [sys.executable, "-m", "llmos_tf.scripts.train", *arguments, f"--workdir={workdir}"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    # As a user starts it: tests have a level of logging of their own.
+    environment = {k: v for k, v in os.environ.items() if k != "TF_CPP_MIN_LOG_LEVEL"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes, env=environment) as process:
         try:
             end = time.monotonic() + 120
             while not (workdir / "metrics.jsonl").exists() or len(metrics(workdir)) < 3:
@@ -257,6 +294,9 @@ def test_a_signal_saves_and_ends(text, tmp_path):
     assert f"Stopped after step {last}" in out.decode()
     assert f"--workdir={workdir} --resume" in out.decode()
     assert "SIGTERM received" in out.decode()
+    # Nothing of TensorFlow's: only the bar.
+    lines = err.decode().replace("\r", "\n").splitlines()
+    assert [line for line in lines if line.strip() and "step" not in line] == []
     (checkpoint,) = (workdir / "checkpoints").iterdir()
     assert checkpoint.name == f"step-{last:08d}"
     assert (workdir / "curves.png").exists()

@@ -353,13 +353,3 @@ def test_what_has_to_be_given(run_program):
     """Fails if a program without functions ends in a traceback, or does not say what it needs."""
     done = run_program(verify)
     assert (done.status, "--model=MODULE:FUNCTION is missing" in done.err) == (2, True)
-
-
-def test_help_is_enough_to_start(run_program):
-    """Fails if help lacks an example, or a flag of the program."""
-    done = run_program(verify, "--help")
-    assert done.status == 0
-    assert "llmos-verify --model=my_module:build --batches=my_module:batches" in done.out
-    for name in verify._FLAGS:
-        assert f"--{name}\n" in done.out
-    assert max(map(len, done.out.splitlines())) <= 100

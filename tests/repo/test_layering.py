@@ -46,11 +46,15 @@ RANKS = {
     "llmos_tf.testing": 9,
     "llmos_tf.scripts.peers": 9,
     "llmos_tf.scripts": 10,
+    "llmos_tf.scripts.programs": 10,
     "llmos_tf": 11,  # the public API
 }
 
 # Modules that need no TensorFlow: programs answer --help and plan a run without waiting for it.
 WITHOUT_TENSORFLOW = (
+    "llmos_tf.checkpoint.folders",
+    "llmos_tf.checkpoint.manifest",
+    "llmos_tf.checkpoint.records",
     "llmos_tf.config",
     "llmos_tf.data",
     "llmos_tf.mesh",

@@ -157,5 +157,11 @@ def test_the_latest_is_a_checkpoint(tmp_path):
     assert latest_checkpoint(str(tmp_path)) == path
     longer = save_checkpoint(tmp_path, make_model(), step=100_000_000, keep=None)
     assert latest_checkpoint(tmp_path) == longer
+    # What --checkpoint takes: a checkpoint, and the folder of a run.
+    assert latest_checkpoint(path) == path
+    of_run = tmp_path / "run" / "checkpoints" / path.name
+    of_run.parent.mkdir(parents=True)
+    path.rename(of_run)
+    assert latest_checkpoint(tmp_path / "run") == of_run
     # Foreign folders are left alone.
     assert {"best", "step-x", "step-900000000"} <= set(listing(tmp_path))

@@ -177,8 +177,8 @@ class TestResume:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            ({"packed": packed_of(5, offset=1)}, "fingerprint is '[0-9a-f]{32}' in the state"),
-            ({"packed": packed_of(6)}, "fingerprint is"),
+            ({"packed": packed_of(5, offset=1)}, "sequence length is '[0-9a-f]{32}' in the state"),
+            ({"packed": packed_of(6)}, "the fingerprint of text, tokenizer and"),
             ({"batch_size": 3}, "batch_size is 2 in the state and 3 here"),
             ({"shuffle": False}, "shuffle is True in the state and False here"),
             ({"repeat": False}, "repeat is True in the state and False here"),

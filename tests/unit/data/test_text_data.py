@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import llmos_tf.data
-from llmos_tf.data import BatchIterator, ByteTokenizer, bigram_bits_per_byte, load_text_data
+from llmos_tf.data import BatchIterator, ByteTokenizer, load_text_data
 
 pytestmark = pytest.mark.fast
 
@@ -50,6 +50,9 @@ def test_a_tokenizer_can_be_given_ready_made(folder):
     tokenizer = Shifted()
     data = load_text_data(f"{folder}/*.txt", tokenizer, sequence_length=16)
     assert data.tokenizer is tokenizer
+    # A model of bytes, whatever the tokens are.
+    of_bytes = load_text_data(f"{folder}/*.txt", None, sequence_length=16)
+    assert data.bigram_bits_per_byte == of_bytes.bigram_bits_per_byte
     assert (data.train.tokens == 299).sum() >= 3
     assert not (data.train.tokens == 255).any()
 
@@ -65,8 +68,7 @@ def test_batches_and_baseline_follow_from_it(folder):
     data = load_text_data(f"{folder}/*.txt", None, sequence_length=16)
     x, y, weights = next(BatchIterator(data.train, batch_size=64, seed=0))
     assert x.shape == y.shape == weights.shape == (64, 16)
-    value = bigram_bits_per_byte(data.train, data.heldout, data.heldout_bytes)
-    assert 0.0 < value < 8.0
+    assert 0.0 < data.bigram_bits_per_byte < 8.0
 
 
 def test_every_public_name_exists_once_and_in_order():

@@ -5,9 +5,11 @@ from absl import flags
 
 from llmos_tf import Mesh
 from llmos_tf.config import GPTConfig
-from llmos_tf.scripts import setup_run
-from llmos_tf.scripts.flags import FLAGS, options_from_flags
+from llmos_tf.scripts.checks import zero_note
+from llmos_tf.scripts.flags import FLAGS
 from llmos_tf.scripts.options import RunOptions, VerifyOptions
+from llmos_tf.scripts.programs import setup_run
+from llmos_tf.scripts.settings import sequence_length, train_options
 
 pytestmark = pytest.mark.fast
 
@@ -17,6 +19,7 @@ NAMES = {
     "checkpoint",
     "context_method",
     "data",
+    "device_memory",
     "draw_schedule",
     "dtype",
     "global_batch",
@@ -38,6 +41,7 @@ NAMES = {
     "preset",
     "prompt",
     "ratio",
+    "raw",
     "rematerialise",
     "reshard_after_forward",
     "resume",
@@ -83,29 +87,40 @@ def test_every_flag_says_what_it_is_for():
 
 def test_defaults_are_a_run():
     """Fails if llmos-train without flags has options that it would refuse."""
-    assert options_from_flags() == options()
+    found = train_options()
+    assert found.workdir.startswith("llmos_runs/gpt_tiny-")
+    given = {"mesh": None, "seq_len": 128, "workdir": found.workdir}
+    assert found == options(**given)
+    # Without GPUs, of which TensorFlow knows.
+    assert setup_run.with_mesh(found).mesh == "data=2,tensor=2"
 
 
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({"global_batch": 0}, "--global_batch is at least 1. Received: 0"),
+        ({"global_batch": 0}, "--global_batch must be at least 1. Received: 0"),
         ({"global_batch": 3}, "--global_batch=3 is split over data × fsdp = 2"),
-        ({"steps": 0}, "--steps is at least 1. Received: 0"),
-        ({"save_every": -1}, "--save_every is at least 1. Received: -1"),
-        ({"seq_len": 1}, "--seq_len is at least 2. Received: 1"),
-        ({"learning_rate": 0.0}, "--learning_rate is above 0. Received: 0.0"),
-        ({"learning_rate": float("nan")}, "--learning_rate is above 0. Received: nan"),
-        ({"seed": -1}, "--seed is from 0 to 2147483647. Received: -1"),
-        ({"resume": True}, "--resume goes on from a checkpoint in --workdir"),
+        ({"steps": 0}, "--steps must be at least 1. Received: 0"),
+        ({"save_every": -1}, "--save_every must be at least 1. Received: -1"),
+        ({"seq_len": 1}, "--seq_len must be at least 2. Received: 1"),
+        ({"learning_rate": 0.0}, "--learning_rate must be above 0. Received: 0.0"),
+        ({"learning_rate": float("nan")}, "--learning_rate must be above 0. Received: nan"),
+        ({"seed": -1}, "--seed must be from 0 to 2147483647. Received: -1"),
+        ({"mesh": None, "microbatches": 2}, "Received: no --mesh. Add pipe=2"),
+        ({"mesh": "tensor=2", "zero_stage": 1}, "along the data axis, which has size 1"),
+        ({"mesh": "fsdp=2", "gradient_compression": "int4"}, "powersgd. Received: 'int4'"),
+        ({"virtual_devices": 0}, "--virtual_devices must be at least 1. Received: 0"),
         ({"data": ""}, "--data is empty"),
         ({"mesh": "data=2,pipes=2"}, "'pipes=2' does not fit"),
-        ({"microbatches": 0}, "--microbatches is at least 1. Received: 0"),
+        ({"microbatches": 0}, "--microbatches must be at least 1. Received: 0"),
         ({"microbatches": 2}, "--microbatches=2 is for the axis pipe, which has size 1"),
         ({"schedule": "zb-h2"}, "zb-h1, zb-v. Received: 'zb-h2'"),
         ({"schedule": "zb-v"}, "--schedule=zb-v is for the axis pipe, which has size 1"),
         ({"num_chunks": 2}, "--num_chunks=2 is for the axis pipe"),
-        ({"rematerialise": "blocks"}, "--rematerialise is one of none, full, block, selective, or"),
+        (
+            {"rematerialise": "blocks"},
+            "must be one of none, full, block, selective, or",
+        ),
         ({"offload": "weights"}, "'all', which is the same. Received: 'weights'"),
         ({"mesh": "pipe=2", "offload": "all"}, "Take offload='optimizer', or fsdp in place"),
         ({"context_method": "rings"}, "ring, ulysses. Received: 'rings'"),
@@ -120,7 +135,7 @@ def test_defaults_are_a_run():
 )
 def test_a_value_that_no_run_can_have(changed, words):
     """Fails if a wrong value is found only after minutes of training, or never."""
-    with pytest.raises(ValueError, match=r"Received|--") as error:
+    with pytest.raises(ValueError, match=r"Received|--|zero_stage=1") as error:
         options(**changed)
     assert words in str(error.value)
 
@@ -141,14 +156,13 @@ def test_options_reach_the_strategy(monkeypatch):
         num_chunks=2,
         context_method="ulysses",
         gradient_compression="int8",
-        rematerialise="5000",
+        rematerialise="block",
         offload="optimizer",
-        reshard_after_forward=True,
         virtual_devices=8,
     )
     mesh, values = setup_run.make_strategy(given)
     assert mesh == Mesh(pipe=2, context=2)
-    assert values == {
+    expected = {
         "zero_stage": 0,
         "sequence_parallel": False,
         "num_microbatches": 4,
@@ -156,10 +170,14 @@ def test_options_reach_the_strategy(monkeypatch):
         "num_chunks": 2,
         "context_method": "ulysses",
         "gradient_compression": "int8",
-        "rematerialise": 5000,
+        "rematerialise": "block",
         "offload": "optimizer",
-        "reshard_after_forward": True,
+        "reshard_after_forward": False,
     }
+    assert values == expected
+    given = options(mesh="fsdp=8", rematerialise="5000", reshard_after_forward=True)
+    _, values = setup_run.make_strategy(given)
+    assert (values["rematerialise"], values["reshard_after_forward"]) == (5000, True)
 
 
 @pytest.mark.parametrize(
@@ -178,12 +196,12 @@ def test_positions_that_are_split(changed, words):
     config = GPTConfig(vocab_size=8, max_positions=20, hidden_size=8, num_heads=2, num_layers=1)
     given = options(**changed)
     if words is None:
-        assert setup_run.sequence_length(given, config) == (given.seq_len or 20)
+        assert sequence_length(given, config) == (given.seq_len or 20)
         return
     with pytest.raises(
         ValueError, match=r"20 positions are split over .* multiple of 8\."
     ) as error:
-        setup_run.sequence_length(given, config)
+        sequence_length(given, config)
     assert words in str(error.value)
 
 
@@ -191,10 +209,18 @@ def test_a_flag_for_one_of_several_meshes():
     """Fails if llmos-verify refuses an option that only some of its meshes have a use for, or takes
     one that none has."""
     values = {name: FLAGS[name].default for name in VerifyOptions.__dataclass_fields__}
-    values |= {"model": "a:b", "batches": "a:c", "steps": 5, "microbatches": 2}
+    values |= {"model": "a:b", "batches": "a:c", "steps": 5, "microbatches": 2, "dtype": "float64"}
     VerifyOptions(**values | {"mesh": ("data=2", "pipe=2")})
     with pytest.raises(ValueError, match=r"--mesh=data=2 --mesh=fsdp=2. Add pipe=2"):
         VerifyOptions(**values | {"mesh": ("data=2", "fsdp=2")})
+
+
+def test_zero_stage_beside_fsdp():
+    """Fails if a flag that changes nothing, or shards less than it seems to, is taken silently."""
+    assert "changes nothing" in zero_note(3, Mesh(fsdp=8))
+    assert "along data as well" in zero_note(1, Mesh(data=2, fsdp=4))
+    assert zero_note(0, Mesh(fsdp=8)) is None
+    assert zero_note(1, Mesh(data=8)) is None
 
 
 def test_the_flags_of_this_module_only():

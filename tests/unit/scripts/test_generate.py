@@ -11,6 +11,8 @@ from llmos_tf.checkpoint import save_checkpoint
 from llmos_tf.models import GPT, GPTConfig
 from llmos_tf.scripts import generate as script
 from llmos_tf.scripts.flags import FLAGS
+from llmos_tf.scripts.printable import printable
+from llmos_tf.scripts.programs import generate as work
 
 # More tokens than the 256 bytes.
 CONFIG = GPTConfig(vocab_size=300, max_positions=16, hidden_size=8, num_heads=2, num_layers=1)
@@ -38,6 +40,8 @@ def run_script(checkpoints, monkeypatch, capsys):
             if FLAGS[name].present:
                 FLAGS[name].unparse()
         common = ["--virtual_devices=8", "--mesh=1", f"--checkpoint={checkpoints / checkpoint}"]
+        # These checkpoints record no tokenizer.
+        common.append("--tokenizer=bytes")
         monkeypatch.setattr("sys.argv", ["llmos-generate", *common, *arguments])
         capsys.readouterr()
         with pytest.raises(SystemExit) as end:
@@ -59,11 +63,15 @@ def test_it_goes_on_with_a_text(run_script, tmp_path):
         status, out, err = run_script("new", *arguments)
         assert status == 0, err
         result = json.loads(path.read_text())
-        assert out == f"ab{result['text']}\n"
+        assert out == printable(f"ab{result['text']}") + "\n"
+        # Some of the bytes of a new model are control characters, which --raw prints.
+        assert not any(ord(character) < 32 for character in out.replace("\t", "").strip("\n"))
         assert result["tokens"][:2] == [97, 98]
         assert max(result["tokens"]) < 256
         texts.append(result["tokens"])
     assert texts[0] == texts[1] != texts[2]
+    _, raw, _ = run_script("new", *arguments, "--raw")
+    assert raw == f"ab{result['text']}\n" != out
 
 
 def test_greedy_needs_no_seed(run_script):
@@ -117,6 +125,6 @@ def test_a_fault_of_the_program_is_not_a_misuse(run_script, monkeypatch):
     def broken(*args, **kwargs):
         raise ValueError("shapes do not match")
 
-    monkeypatch.setattr(script, "generate", broken)
+    monkeypatch.setattr(work, "generate", broken)
     with pytest.raises(ValueError, match="shapes do not match"):
         run_script("new", "--prompt=ab")

@@ -4,6 +4,10 @@ import json
 
 import pytest
 
+from llmos_tf import memory
+from llmos_tf.mesh import Mesh
+from llmos_tf.models import get_preset
+from llmos_tf.planning.memory_model import HOST, KINDS
 from llmos_tf.scripts import plan
 from llmos_tf.scripts.flags import FLAGS
 
@@ -77,12 +81,17 @@ def test_a_name_is_enough(run_plan, tmp_path):
         ([], "Give --draw_schedule=1f1b"),
         (["--draw_schedule=zbv"], "zb-h1, zb-v. Received: 'zbv'"),
         (["--draw_schedule=1f1b", "--stages=1"], "at least 2 stages"),
-        (["--draw_schedule=1f1b", "--stages=-2"], "--stages is at least 1. Received: -2"),
-        (["--draw_schedule=1f1b", "--microbatches=0"], "--microbatches is at least 1"),
+        (["--draw_schedule=1f1b", "--stages=-2"], "--stages must be at least 1. Received: -2"),
+        (["--draw_schedule=1f1b", "--microbatches=0"], "--microbatches must be at least 1"),
         (["--draw_schedule=interleaved"], "num_chunks=1"),
         (["--draw_schedule=1f1b", "--png=no/such.png"], "--png=no/such.png: the folder"),
         (["--draw_schedule=1f1b", "--png=it.txt"], "--png=it.txt is not the name of a .png"),
         (["--draw_schedule=1f1b", "--json=no/such.json"], "--json=no/such.json: the folder"),
+        (["--mesh=data=2", "--dtype=float16"], "mixed_bfloat16. Received: 'float16'"),
+        (["--mesh=data=2", "--device_memory=lots"], "such as 80GB (10⁹ bytes) or 24GiB"),
+        (["--mesh=data=2", "--device_memory=0GB"], "Received: '0GB'"),
+        (["--mesh=data=2", "--seq_len=129"], "--seq_len=129 is more than the 128 positions"),
+        (["--mesh=data=2", "--reshard_after_forward"], "which has size 1 in the mesh"),
         (["--draw_schedule=1f1b", "--steps=5"], "--steps is not a flag of this program"),
     ],
 )
@@ -97,43 +106,82 @@ def test_what_it_refuses(arguments, words, run_plan, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_help_is_enough_to_start(run_plan):
-    """Fails if help lacks an example, or a flag of the program."""
-    status, out, _ = run_plan("--help")
-    assert status == 0
-    assert "    llmos-plan --draw_schedule=1f1b\n" in out
-    assert [name for name in plan._FLAGS if f"--{name}\n" not in out] == []
-    assert max(map(len, out.splitlines())) <= 100
+LLAMA = ("--preset=llama2_7b", "--mesh=fsdp=64,pipe=2", "--global_batch=128")
 
 
-def test_it_tells_the_memory_of_a_mesh_that_is_not_there(run_plan, tmp_path):
-    """Fails if the table is not the estimate's, or a plan needs the devices that it is for."""
-    arguments = ("--preset=llama2_7b", "--mesh=fsdp=64,pipe=2", "--zero_stage=3")
-    status, out, err = run_plan(*arguments, "--global_batch=128", "--json=out.json")
+@pytest.mark.parametrize(
+    ("flags", "options"),
+    [
+        ([], {}),
+        (["--zero_stage=3", "--offload=optimizer"], {"zero_stage": 3, "offload": "optimizer"}),
+        (["--rematerialise=block", "--microbatches=2"], {"rematerialise": "block"}),
+        (["--dtype=mixed_bfloat16", "--seq_len=64"], {"dtype_policy": "mixed_bfloat16"}),
+        (
+            ["--mesh=fsdp=8", "--reshard_after_forward"],
+            {"mesh": Mesh(fsdp=8), "reshard_after_forward": True},
+        ),
+    ],
+)
+def test_it_prints_the_estimate(flags, options, run_plan, tmp_path):
+    """Fails if a flag does not reach the estimate, the table is not that of the JSON, or the run
+    that is planned is not named."""
+    status, out, err = run_plan(*LLAMA, *flags, "--json=out.json")
     assert (status, err) == (0, "")
     result = json.loads((tmp_path / "out.json").read_text())
-    # 6.74e9 weights in float32, and twice as many numbers of AdamW's, over 128 devices.
-    state = sum(stage["parameters"] + stage["optimizer"] for stage in result["stages"])
-    assert state * 64 == pytest.approx(12 * 6738415616, rel=0.001)
-    assert f"{result['stages'][0]['parameters']:,}" in out
-    whole = out
-    status, out, _ = run_plan(*arguments, "--global_batch=128", "--offload=optimizer")
+    seq_len = 64 if "--seq_len=64" in flags else 4096
+    values = {"mesh": Mesh(fsdp=64, pipe=2), "global_batch": 128, "seq_len": seq_len} | options
+    mesh = values.pop("mesh")
+    rows = memory.estimate(get_preset("llama2_7b"), mesh, **values)
+    by_stage = {mesh.coordinate(rank)["pipe"]: row for rank, row in enumerate(rows)}
+    for stage, row in by_stage.items():
+        assert result["stages"][stage] == {kind: row[kind] for kind in (*KINDS, HOST)}
+        for kind in KINDS:
+            assert _row(out, kind)[1 + stage] == f"{row[kind] / 1e9:,.2f}"
+    assert "6,738,415,616 parameters" in out
+    assert f"128 sequences of {seq_len:,} tokens" in out
+    assert result["dtype"] in out
+    assert ("on the host" in out) == ("--offload=optimizer" in flags)
+    assert ("changes nothing here" in out) == ("--zero_stage=3" in flags)
+
+
+def test_small_models_have_small_units(run_plan):
+    """Fails if the table of a model for laptops is zeros."""
+    status, out, _ = run_plan("--mesh=data=2")
     assert status == 0
-    # Two numbers of 4 bytes for each weight of a device, and two scalars.
-    assert f"{2 * result['stages'][0]['parameters'] + 12:,}" in out.splitlines()[-1]
-    assert "on the host" in out.splitlines()[-1]
-    status, out, _ = run_plan(*arguments, "--global_batch=128", "--rematerialise=block")
-    assert status == 0
-    # Less than is kept otherwise, of the same state.
-    kept, again = (int(_row(text, "activations")[1].replace(",", "")) for text in (whole, out))
-    assert again < kept / 4
-    assert _row(out, "optimizer") == _row(whole, "optimizer")
-    status, out, err = run_plan(*arguments, "--global_batch=128", "--rematerialise=5000")
-    assert status == 2
-    assert "none, full, block, selective" in err
-    status, out, err = run_plan("--mesh=data=3", "--global_batch=8")
-    assert status == 2
-    assert "global_batch=8" in err
+    assert "in MB" in out
+    assert float(_row(out, "total")[1]) > 10
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fits", "expected"),
+    [
+        (["--mesh=data=2", "--device_memory=1GB"], True, []),
+        # 26 GB of weights and twice as much of AdamW's state: sharded eight times it fits.
+        (
+            [*LLAMA[:1], "--mesh=data=8", "--global_batch=8", "--device_memory=80GB"],
+            False,
+            ["--zero_stage=1"],
+        ),
+        # Not by one flag: by several together.
+        ([*LLAMA[:1], "--mesh=tensor=8", "--global_batch=64", "--device_memory=40GiB"], False, []),
+    ],
+)
+def test_what_would_make_it_fit(arguments, fits, expected, run_plan, tmp_path):
+    """Fails if a run that does not fit is said to fit, or what is offered does not fit either."""
+    status, out, err = run_plan(*arguments, "--json=out.json")
+    assert (status, err) == (0, "")
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert result["fits"] == fits
+    assert out.split("\n\n")[-1].startswith("Fits" if fits else "Does not fit")
+    assert bool(result["changes"]) != fits
+    for flags, needed in result["changes"]:
+        assert f"  {flags} " in out
+        status, out_with, _ = run_plan(*arguments, *flags.split(), "--json=with.json")
+        assert status == 0, flags
+        assert "\nFits: " in out_with, flags
+        assert json.loads((tmp_path / "with.json").read_text())["needed_bytes"] == needed
+    offered = " ".join(flags for flags, _ in result["changes"])
+    assert [flag for flag in expected if flag not in offered] == []
 
 
 def _row(table, kind):

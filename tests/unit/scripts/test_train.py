@@ -5,7 +5,7 @@ import pytest
 import tensorflow as tf
 
 from llmos_tf.models import GPT, GPTConfig, Mixtral, MixtralConfig
-from llmos_tf.scripts import train
+from llmos_tf.scripts.programs import train
 
 pytestmark = pytest.mark.fast
 

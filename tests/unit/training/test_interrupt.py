@@ -19,12 +19,14 @@ def usual_handler():
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_signal_is_noted(number):
-    """Fails if a signal ends the program at once, or is not seen between two steps."""
+def test_the_first_signal_is_noted(number, capfd):
+    """Fails if a signal ends the program at once, is not seen between two steps, or is taken
+    without a word while a step goes on for minutes."""
     with GracefulStop() as stop:
         assert stop.requested is None
         os.kill(os.getpid(), number)
         assert stop.requested == signal.Signals(number).name
+        assert f"{stop.requested}: stopping after this step" in capfd.readouterr().err
 
 
 def test_the_second_signal_acts_as_usual():

@@ -1,7 +1,9 @@
 """What a run leaves: metrics.jsonl, TensorBoard scalars, curves.png."""
 
 import struct
+import time
 
+import matplotlib.image
 import pytest
 import tensorflow as tf
 
@@ -21,6 +23,9 @@ def report_steps(workdir, first_step, numbers):
     ) as report:
         for step in numbers:
             report.step(step, loss=10.0 - step, learning_rate=0.1 * step, load=0.5)
+            if step == numbers[0]:
+                report.say("the first step")
+                report.show_bar(step)
 
 
 def scalars(workdir):
@@ -46,7 +51,28 @@ def test_a_line_for_each_step(tmp_path, capsys):
     for row in rows:
         assert row["tokens_per_second"] == pytest.approx(100 / row["seconds"])
         assert row["mfu"] == pytest.approx(row["tokens_per_second"] * 50.0 / 1e6)
-    assert "loss=8.000" in capsys.readouterr().err
+    out, err = capsys.readouterr()
+    assert "loss=8.000" in err
+    assert out == "the first step\n"
+
+
+def test_the_time_left_is_that_of_steps_that_do_not_trace(tmp_path, capsys):
+    """Fails if the first step, which traces for minutes, counts in the estimate of the time left,
+    also of a resumed run."""
+    for first in (1, 500):
+        with RunReport(tmp_path, first - 1, 1000, 100, 50.0, 1e6) as report:
+            time.sleep(0.5)
+            report.step(first, loss=1.0, learning_rate=0.1)
+            report.show_bar(first)
+            for step in range(first + 1, first + 4):
+                time.sleep(0.01)
+                report.step(step, loss=1.0, learning_rate=0.1)
+            report._bar.refresh()
+            *_, last = capsys.readouterr().err.replace("\r", "\n").splitlines()
+        assert f"{first + 3}/1000" in last
+        minutes, seconds = last.partition("<")[2].partition(",")[0].split(":")
+        # With the first step it would be minutes.
+        assert 60 * int(minutes) + int(seconds) < 60
 
 
 def test_scalars_for_tensorboard(tmp_path):
@@ -86,3 +112,13 @@ def test_a_picture_of_the_curves(tmp_path):
         assert data[:8] == b"\x89PNG\r\n\x1a\n"
         width, height = struct.unpack(">II", data[16:24])
         assert (width, height) == (1200, 480)
+
+
+def test_the_picture_shows_what_the_training_came_to(tmp_path):
+    """Fails if the held-out result or the baseline is not drawn: both colours have to be there."""
+    report_steps(tmp_path, 0, [1, 2, 3])
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    draw_curves(rows, tmp_path / "curves.png", "a title", baseline=9.5, heldout=8.5)
+    pixels = matplotlib.image.imread(tmp_path / "curves.png")[..., :3].reshape(-1, 3)
+    for color in ((0xFF, 0x7F, 0x0E), (0x7F, 0x7F, 0x7F)):
+        assert (abs(pixels * 255 - color) < 1).all(axis=1).sum() > 40

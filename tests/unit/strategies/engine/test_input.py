@@ -138,7 +138,43 @@ def test_a_dataset_from_a_function_deals_batches_to_replicas(mesh):
     assert [part for _, y in seen for part in y] == [[[i, -i] for i in b] for b in batches]
 
 
-def test_a_dataset_from_a_function_must_be_batched():
-    """Catches single rows, which would reach the replicas without their first dimension."""
-    with pytest.raises(ValueError, match="returns a dataset of batches"):
-        strategy_of("data2").distribute_datasets_from_function(lambda _: tf.data.Dataset.range(4))
+def test_elements_of_a_dataset_from_a_function_need_not_be_batches():
+    """Catches elements without rows that are refused or cut, and a last step that has too few."""
+    strategy = strategy_of("data2")
+
+    def steps(count):
+        words = tf.RaggedTensor.from_row_lengths(tf.range(count), [1] * count)
+        elements = tf.data.Dataset.from_tensor_slices((tf.range(count), words))
+        return strategy.distribute_datasets_from_function(lambda _: elements)
+
+    seen = [(local(strategy, x), local(strategy, y)) for x, y in steps(4)]
+    assert seen == [([0, 1], [[0], [1]]), ([2, 3], [[2], [3]])]
+    uneven = iter(steps(3))
+    next(uneven)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="give it a multiple of 2 elements"):
+        next(uneven)
+
+
+def test_ragged_and_sparse_batches_from_a_function_are_dealt():
+    """Catches the last step's replicas without a batch, which get one of no rows."""
+    strategy = strategy_of("data2")
+    words = tf.ragged.constant([[1], [2, 3], [4]])
+    rows = tf.sparse.from_dense([[0, 1], [2, 0], [0, 3]])
+    data = tf.data.Dataset.from_tensor_slices((words, rows)).batch(1)
+    steps = list(strategy.distribute_datasets_from_function(lambda _: data))
+    last_words, last_rows = (strategy.experimental_local_results(x) for x in steps[-1])
+    assert [x.to_list() for x in last_words] == [[[4]], []]
+    assert [tf.sparse.to_dense(x).numpy().tolist() for x in last_rows] == [[[0, 3]], []]
+
+
+@pytest.mark.parametrize("count", [None, 8])
+def test_tensors_of_unequal_rows_are_refused(count):
+    """Catches what is no rows of the batch and would be cut as if it were."""
+    strategy = strategy_of("data2")
+    rows = tf.data.Dataset.range(8).batch(8, drop_remainder=count is not None)
+    data = rows.map(lambda x: (x, tf.ones([3])[: tf.cast(x[0], tf.int32) + 3]))
+    if count:
+        data = rows.map(lambda x: (x, tf.ones([3])))
+    error = ValueError if count else tf.errors.InvalidArgumentError
+    with pytest.raises(error, match="all its tensors need the same number of rows"):
+        next(iter(strategy.experimental_distribute_dataset(data)))

@@ -70,3 +70,38 @@ def test_what_is_gathered_anew_is_shared():
     weight, moment = _make({"zero_stage": 1}, data=RANKS)
     assert len(set(_addresses(weight))) == 1
     assert len(set(_addresses(moment))) == RANKS
+
+
+class Product(tf.Module):
+    """A module of one weight, to be saved."""
+
+    def __init__(self):
+        self.weight = tf.Variable(tf.reshape(tf.range(8.0), (4, 2)))
+
+    @tf.function(input_signature=[tf.TensorSpec([None, 4], tf.float32)])
+    def __call__(self, x):
+        return x @ self.weight
+
+
+@pytest.mark.parametrize("axes", [{"data": RANKS}, {"fsdp": RANKS}], ids=str)
+def test_a_saved_model_is_loaded_and_trained_under_the_scope(tmp_path, axes):
+    """Fails if its variables, which have no initial value, are refused, cut, or one for all ranks:
+    its functions read the resource of the rank."""
+    tf.saved_model.save(Product(), tmp_path)
+    strategy = MeshStrategy(Mesh(devices=devices.visible_devices()[:RANKS], **axes))
+    with strategy.scope():
+        model = tf.saved_model.load(tmp_path)
+        optimizer = keras.optimizers.SGD(1.0)
+    x = tf.ones([3, 4])
+    tf.debugging.assert_equal(model(x), Product()(x))
+
+    def step():
+        with tf.GradientTape() as tape:
+            total = tf.reduce_sum(model(x)) / RANKS
+        optimizer.apply_gradients([(tape.gradient(total, model.weight), model.weight)])
+        return model(x)
+
+    for result in strategy.experimental_local_results(strategy.run(step)):
+        tf.debugging.assert_equal(result, Product()(x) - 12)
+    with strategy.scope(), pytest.raises(ValueError, match="`initial_value` arg"):
+        tf.Variable(shape=(2,), dtype=tf.float32)
