@@ -6,6 +6,7 @@ along some axes is the set of ranks that differ only on them.
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +17,24 @@ AXES = ("pipe", "data", "fsdp", "expert", "context", "tensor")
 
 # The axes that split the rows of a batch: together they count the "replicas in sync".
 BATCH_AXES = ("data", "fsdp")
+
+# Names of the axes in other frameworks.
+_OTHER_NAMES = {
+    "dp": "data",
+    "batch": "data",
+    "zero": "fsdp",
+    "pp": "pipe",
+    "pipeline": "pipe",
+    "stage": "pipe",
+    "cp": "context",
+    "sp": "context",
+    "sequence": "context",
+    "ep": "expert",
+    "experts": "expert",
+    "tp": "tensor",
+    "mp": "tensor",
+    "model": "tensor",
+}
 
 
 class Mesh:
@@ -32,8 +51,10 @@ class Mesh:
         tensor: ways to split heads, feed-forward columns and vocabulary.
         devices: device names in rank order, or None to take the first `size` visible devices when
             a strategy is made.
+        **unknown: refused, with the names that there are.
 
     Raises:
+        TypeError: an axis that does not exist.
         ValueError: an axis is not a positive integer, or `devices` has another length than the
             product of the axes, or repeats a device.
 
@@ -55,7 +76,10 @@ class Mesh:
         expert: int = 1,
         tensor: int = 1,
         devices: Sequence[str] | None = None,
+        **unknown: Any,
     ):
+        if unknown:
+            raise TypeError(_unknown_axes(unknown))
         sizes = {
             "pipe": pipe,
             "data": data,
@@ -287,3 +311,12 @@ class Mesh:
         if self._devices is not None:
             arguments.append(f"devices={list(self._devices)}")
         return f"Mesh({', '.join(arguments)})"
+
+
+def _unknown_axes(received: Mapping[str, Any]) -> str:
+    names = ", ".join(f"{name}={size!r}" for name, size in received.items())
+    meant = ", ".join(
+        f"{_OTHER_NAMES[name]}={size!r}" for name, size in received.items() if name in _OTHER_NAMES
+    )
+    hint = f" Did you mean Mesh({meant})?" if meant else ""
+    return f"The axes of a mesh are {', '.join(AXES)}. Received: {names}.{hint}"

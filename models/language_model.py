@@ -274,6 +274,27 @@ class LanguageModel(keras.Model):
         with program.having(sharded_logits=knows, logits_axis=None, logits_stream=None):
             return step(data)
 
+    def export(
+        self,
+        filepath: Any,
+        format: str = "tf_saved_model",
+        verbose: bool | None = None,
+        input_signature: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """As `keras.Model.export`, which cannot tell the inputs of a subclassed model.
+
+        Args:
+            filepath: where to write.
+            format: as in Keras.
+            verbose: as in Keras.
+            input_signature: as in Keras; None takes int32 tokens ``[B, T]`` of any B and T.
+            **kwargs: as in Keras.
+        """
+        if input_signature is None:
+            input_signature = [keras.InputSpec(shape=(None, None), dtype="int32", name="tokens")]
+        super().export(filepath, format, verbose, input_signature, **kwargs)
+
     def get_config(self) -> dict[str, Any]:
         """Returns what `from_config` needs."""
         return {"config": self.config.to_dict(), "name": self.name}

@@ -33,6 +33,7 @@ from llmos_tf.strategies.engine.engine import Engine
 from llmos_tf.strategies.engine.input import deal_dataset, split_batch, split_dataset
 from llmos_tf.strategies.engine.replica_functions import check_inputs
 from llmos_tf.strategies.engine.variable_creation import make_variable
+from llmos_tf.strategies.keras_patches.custom_loops import hook_optimizers
 from llmos_tf.strategies.keras_patches.export import hook_export
 from llmos_tf.strategies.keras_patches.fit_batch import hook_fit
 from llmos_tf.strategies.keras_patches.keras_hub import hook_keras_hub
@@ -81,6 +82,7 @@ class MeshExtended(_internal.MirroredExtended):
         hook_keras_hub()
         hook_steps()
         hook_fit()
+        hook_optimizers()
         self.communication = _communication(local)
         # The device on which optimizer state and weights lie that are offloaded, or None.
         host = devices.host(options.host_device) if options.offload else None

@@ -1,10 +1,11 @@
 """The general strategy: any mesh."""
 
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import tensorflow as tf
 
-from llmos_tf import devices
+from llmos_tf import devices as device_list
 from llmos_tf.mesh import Mesh
 from llmos_tf.options import MeshOptions
 from llmos_tf.strategies.extended import MeshExtended
@@ -15,6 +16,8 @@ class MeshStrategy(tf.distribute.MirroredStrategy):
 
     Args:
         mesh: the axes, and optionally the devices.
+        devices: device names in rank order, for a mesh that names none; None takes the first
+            visible ones.
         zero_stage: 0 keeps optimizer state on every rank; 1 and 2 cut it along `data` (ZeRO,
             arXiv 1910.02054; 2 keeps only that part of accumulated gradients too); 3 says that
             parameters are cut too, along `fsdp`. An `fsdp` axis cuts parameters, gradients and
@@ -75,6 +78,7 @@ class MeshStrategy(tf.distribute.MirroredStrategy):
         self,
         mesh: Mesh,
         *,
+        devices: Sequence[str] | None = None,
         zero_stage: int = 0,
         layout_map: Mapping | None = None,
         sequence_parallel: bool = False,
@@ -95,6 +99,7 @@ class MeshStrategy(tf.distribute.MirroredStrategy):
             raise ValueError(
                 f"MeshStrategy takes an llmos_tf.Mesh, such as Mesh(data=2). Received: {mesh!r}."
             )
+        mesh = mesh_over(mesh, devices)
         options = MeshOptions(
             zero_stage=zero_stage,
             layout_map=layout_map,
@@ -112,9 +117,31 @@ class MeshStrategy(tf.distribute.MirroredStrategy):
             host_device=host_device,
             reshard_after_forward=reshard_after_forward,
         ).resolved(mesh)
-        extended = MeshExtended(self, devices.resolve(mesh), options)
+        extended = MeshExtended(self, device_list.resolve(mesh), options)
         # Past MirroredStrategy's own constructor, which would make its own `extended`.
         tf.distribute.Strategy.__init__(self, extended)
+
+    @contextlib.contextmanager
+    def scope(self) -> Iterator[tf.distribute.Strategy]:
+        """Enters the strategy: what is created in the context belongs to it.
+
+        Layout rules are checked when it is left, after weights were created in it: everything that
+        a `layout_map` names is created under the same one. A scope inside another one checks
+        nothing.
+
+        Yields:
+            The strategy.
+
+        Raises:
+            ValueError: when it is left, if a layout rule matches no variable that exists, or an
+                axis of the mesh is used by none.
+        """  # noqa: DOC502
+        rules = self.extended.layout_rules
+        is_outermost, before = not tf.distribute.has_strategy(), rules.num_created
+        with super().scope() as strategy:
+            yield strategy
+        if is_outermost and rules.num_created > before:
+            rules.check_all_used()
 
     @property
     def mesh(self) -> Mesh:
@@ -125,3 +152,26 @@ class MeshStrategy(tf.distribute.MirroredStrategy):
     def num_traces(self) -> int:
         """How many programs were traced so far."""
         return self.extended.engine.num_traces
+
+
+def mesh_over(mesh: Mesh, devices: Sequence[str] | None) -> Mesh:
+    """Returns a mesh over the devices that a strategy was given beside it.
+
+    Args:
+        mesh: with or without devices.
+        devices: device names in rank order, or None.
+
+    Returns:
+        The mesh, with these devices if there are any.
+
+    Raises:
+        ValueError: both name devices.
+    """
+    if devices is None:
+        return mesh
+    if mesh.devices is not None:
+        raise ValueError(
+            "Give the devices once, to the mesh or to the strategy. Received: "
+            f"{mesh!r} and devices={list(devices)}."
+        )
+    return mesh.with_devices(devices)

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -9,9 +10,10 @@ import tensorflow as tf
 
 from llmos_tf import devices
 from llmos_tf.coordination import Agreement
+from llmos_tf.devices import CONNECT_TIMEOUT, connect_workers
 from llmos_tf.mesh import Mesh
 from llmos_tf.strategies.keras_patches.saving import hook_files
-from llmos_tf.strategies.mesh import MeshStrategy
+from llmos_tf.strategies.mesh import MeshStrategy, mesh_over
 
 _EXAMPLE = (
     'TF_CONFIG=\'{"cluster": {"worker": ["host0:12345", "host1:12345"]}, '
@@ -43,6 +45,7 @@ class MultiWorkerMeshStrategy(MeshStrategy):
 
     Args:
         mesh: the axes, over all devices of all workers; None for all of them on `data`.
+        devices: full device names in rank order, for a mesh that names none; None for all.
         cluster_resolver: names the workers and this one, such as
             `tf.distribute.cluster_resolver.SlurmClusterResolver`; None reads TF_CONFIG.
         timeout: seconds to wait for the other workers to start.
@@ -70,8 +73,9 @@ class MultiWorkerMeshStrategy(MeshStrategy):
         self,
         mesh: Mesh | None = None,
         *,
+        devices: Sequence[str] | None = None,
         cluster_resolver: tf.distribute.cluster_resolver.ClusterResolver | None = None,
-        timeout: float = devices.CONNECT_TIMEOUT,
+        timeout: float = CONNECT_TIMEOUT,
         **options: Any,
     ):
         if mesh is not None and not isinstance(mesh, Mesh):
@@ -82,7 +86,9 @@ class MultiWorkerMeshStrategy(MeshStrategy):
         if cluster_resolver is None:
             cluster_resolver = _tf_config_resolver()
         workers, task = _workers_of(cluster_resolver)
-        devices.connect_workers({"worker": workers}, task, timeout)
+        connect_workers({"worker": workers}, task, timeout)
+        if devices is not None:
+            mesh = mesh_over(mesh or Mesh(data=len(devices)), devices)
         super().__init__(_over_workers(mesh, len(workers)), **options)
         # `tf.distribute` shows it as `strategy.cluster_resolver`.
         self.extended._cluster_resolver = cluster_resolver

@@ -17,7 +17,7 @@ import tensorflow as tf
 
 from llmos_tf import _internal, collectives
 from llmos_tf.mesh import BATCH_AXES
-from llmos_tf.spmd.program import require_program
+from llmos_tf.spmd.program import ReplicaProgram, require_program
 
 
 def weigh_rows(fn: Callable) -> Callable:
@@ -109,10 +109,31 @@ def share(dtype: tf.DType) -> tf.Tensor:
         return tf.constant(1 / num_parts(), dtype)
 
     def compute():
-        mine = tf.cast(program.rows, tf.float64)
-        return tf.math.divide_no_nan(mine, everywhere(mine))
+        mine, total = tf.cast(program.rows, tf.float64), _num_rows(program)
+        # Of a batch without rows what all ranks compute alike still counts once.
+        equal = tf.constant(1 / num_parts(), tf.float64)
+        return tf.where(total > 0, tf.math.divide_no_nan(mine, total), equal)
 
     return tf.cast(program.once("share", compute), dtype)
+
+
+def if_any_rows(x: tf.Tensor, otherwise: tf.Tensor) -> tf.Tensor:
+    """Returns `x`, or another value where the whole batch has no rows.
+
+    Args:
+        x: computed of rows, which may all be lent.
+        otherwise: a tensor like `x`.
+
+    Returns:
+        One of the two, on all ranks the same one.
+    """
+    program = require_program("batch.if_any_rows")
+    return x if program.rows is None else tf.where(_num_rows(program) > 0, x, otherwise)
+
+
+def _num_rows(program: ReplicaProgram) -> tf.Tensor:
+    """Number of rows of the whole batch, a float64 scalar."""
+    return program.once("num_rows", lambda: everywhere(tf.cast(program.rows, tf.float64)))
 
 
 def num_parts() -> int:

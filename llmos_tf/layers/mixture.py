@@ -183,7 +183,8 @@ class MoE(keras.layers.Layer):
         num_kept = tf.math.count_nonzero(kept_BTK < self.num_experts, dtype=tf.int32)
         counts = tf.concat([tf.reduce_sum(is_chosen, [0, 1, 2]), [num_kept]], 0)
         counts = _over_the_batch(counts)
-        num_chosen = tf.reduce_sum(counts[:-1])
+        # A batch may have no rows.
+        num_chosen = tf.maximum(tf.reduce_sum(counts[:-1]), 1)
         share_E = tf.cast(counts[:-1] / num_chosen, routing.logits_BTE.dtype)
         loss = self.load_balance_weight * load_balance_loss(routing.logits_BTE, share_E)
         loss += self.router_z_weight * router_z_loss(routing.logits_BTE)

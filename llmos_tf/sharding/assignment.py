@@ -66,6 +66,10 @@ class WrittenByParts:
             return
         if not program.in_update:
             if self._is_statistic():
+                if program.rows is not None and program.trace is None:
+                    # Of a batch without rows a layer knows nothing.
+                    value = batch.if_any_rows(self._changed(method, value), self.read())
+                    method = "assign"
                 program.statistics[id(self)] = self
             else:
                 value = self._aggregated(value)
@@ -171,7 +175,8 @@ def average_statistics(program: ReplicaProgram) -> None:
         components = [v.component for v in variables if v.dtype == dtype]
         flat = tf.concat([tf.reshape(component.value(), [-1]) for component in components], 0)
         lengths = [component.shape.num_elements() for component in components]
-        for component, part in zip(components, tf.split(batch.mean(flat), lengths), strict=True):
+        mean = batch.if_any_rows(batch.mean(flat), flat)
+        for component, part in zip(components, tf.split(mean, lengths), strict=True):
             component.assign(tf.reshape(part, component.shape))
 
 

@@ -54,8 +54,15 @@ class LayoutRules:
         self._rules = _as_layouts(user_rules or {})
         self._matched: set[str] = set()
         self._optional: set[str] = set()
-        self._paths: list[str] = []
+        # Shapes of trainable variables by path, in the order of their creation.
+        self._weights: dict[str, tuple[int, ...]] = {}
+        self._num_created = 0
         self._split_by_models: set[str] = set()
+
+    @property
+    def num_created(self) -> int:
+        """How many trainable variables of one dimension or more were created so far."""
+        return self._num_created
 
     def add_model_table(self, table: Mapping[str, Any], strict: bool = True) -> None:
         """Adds a model's own table, unless the user gave rules.
@@ -96,7 +103,9 @@ class LayoutRules:
             ValueError: the matching rule does not fit the variable.
         """  # noqa: DOC502
         if trainable:
-            self._paths.append(path)
+            self._weights[path] = shape
+            # A scalar may be a counter.
+            self._num_created += shape != ()
         pattern = self._pattern_for(path)
         if pattern is None:
             return Layout((None,) * len(shape))
@@ -112,7 +121,7 @@ class LayoutRules:
             ValueError: a rule that matched nothing, a tensor axis without any layout, or a context
                 or expert axis without a model that uses it.
         """
-        if not self._paths:
+        if not self._weights:
             return
         needed = [p for p in self._rules if p in self._matched or p not in self._optional]
         used = any("tensor" in self._rules[pattern].dims for pattern in needed)
@@ -123,17 +132,18 @@ class LayoutRules:
                 "layout_map={'path/pattern': (None, 'tensor')} (or keras.distribution.LayoutMap), "
                 "or make, under the strategy's scope, a model that has layouts of its own: one of "
                 "llmos_tf.models, or a KerasHub backbone with a get_layout_map, a GPT2Backbone or "
-                "a MistralBackbone. The model's paths "
-                f"begin with: {', '.join(self._paths[:4])}."
+                f"a MistralBackbone.\n{self._all_weights()}"
             )
         self._check_model_axes(needed)
         for pattern in needed:
             if pattern not in self._matched:
-                near = difflib.get_close_matches(pattern, self._paths, n=3, cutoff=0.3)
+                paths = list(self._weights)
+                near = difflib.get_close_matches(pattern, paths, n=3, cutoff=0.3)
                 raise ValueError(
                     f"The layout rule {pattern!r} matches no variable. A rule must match a whole "
-                    "path (re.fullmatch); the nearest paths are "
-                    f"{', '.join(near or self._paths[:3])}. Correct or remove the rule."
+                    f"path (re.fullmatch); the nearest paths are {', '.join(near or paths[:3])}. "
+                    "Correct or remove the rule, or create the variable under the same "
+                    f"`with strategy.scope():` as the others.\n{self._all_weights()}"
                 )
 
     def _check_model_axes(self, needed: list[str]) -> None:
@@ -145,9 +155,20 @@ class LayoutRules:
                     f"The mesh {self._mesh} has the axis {axis}, and no model uses it. A context "
                     "axis splits positions and an expert axis the experts of mixture layers: a "
                     "model has to be made for it, as those of llmos_tf.models are. Make one of "
-                    "them under the strategy's scope, or use another axis, such as data or fsdp. "
-                    f"The model's paths begin with: {', '.join(self._paths[:4])}."
+                    "them under the strategy's scope, or use another axis, such as data or fsdp.\n"
+                    f"{self._all_weights()}"
                 )
+
+    def _all_weights(self) -> str:
+        """Paths and shapes of all weights; those that differ in a number share a line."""
+        groups: dict[tuple, list[str]] = {}
+        for path, shape in self._weights.items():
+            groups.setdefault((re.sub(r"\d+", r"\\d+", path), shape), []).append(path)
+        lines = [
+            f"  {paths[0]} {shape}" if len(paths) == 1 else f"  {alike} {shape}, {len(paths)} times"
+            for (alike, shape), paths in groups.items()
+        ]
+        return "\n".join(["All paths and shapes of weights:", *lines])
 
     def _pattern_for(self, path: str) -> str | None:
         """The rule for a path: the path itself, else the pattern that matches all of it."""

@@ -16,6 +16,13 @@ from llmos_tf import _internal
 from llmos_tf.mesh import AXES, Mesh
 from llmos_tf.spmd.collective_keys import CollectiveKeys
 
+# For errors of custom loops.
+HOW_TO_TRAIN = (
+    "Call the step that llmos_tf.training.make_train_step(model, optimizer, loss) returns; or pass "
+    "a function with the GradientTape and the optimizer in it to strategy.run, as TensorFlow's "
+    "guide to custom training loops does."
+)
+
 
 class ReplicaProgram(_internal.ReplicaContext):
     """The replica context of the traced program; `current_program()` finds it.

@@ -262,6 +262,9 @@ class _FunctionLoss(keras.losses.Loss):
 
 def _total_loss(model, loss, x, y, sample_weight, training) -> tf.Tensor:
     value = loss(y, model(x, training=training), sample_weight=sample_weight)
+    if value.shape == [0]:
+        # On one device Keras leaves the losses of no rows as they are.
+        value = tf.reduce_sum(value)
     # Regularizers and the like.
     return tf.add_n([value, *(tf.cast(tf.reduce_sum(term), value.dtype) for term in model.losses)])
 

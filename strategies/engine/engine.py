@@ -13,7 +13,7 @@ import tensorflow as tf
 from llmos_tf import _internal
 from llmos_tf.collectives import batch
 from llmos_tf.sharding.assignment import average_statistics, check_owner
-from llmos_tf.spmd.program import ReplicaProgram
+from llmos_tf.spmd.program import HOW_TO_TRAIN, ReplicaProgram
 from llmos_tf.strategies.engine.graph_edges import Phases
 from llmos_tf.strategies.engine.rows import lend_rows
 
@@ -247,8 +247,7 @@ def _without_gradient(result: Any) -> Any:
         return result
     return tf.raw_ops.PreventGradient(
         input=result,
-        message="It was asked for outside of strategy.run. Use the GradientTape inside of the "
-        "function that strategy.run calls.",
+        message=f"It was asked for outside of strategy.run. {HOW_TO_TRAIN}",
     )
 
 

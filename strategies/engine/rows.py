@@ -71,7 +71,7 @@ def lend_rows(mesh: Mesh, num_parts: int, ranks: list[Any]) -> tuple[list[tf.Ten
         For each rank the number of rows of its own, or None where each has as many; and arguments
         of at least one row.
     """
-    if mesh.batch_ways == 1:
+    if mesh.size == 1:
         return None, ranks
     by_rank = [tf.nest.flatten(arguments) for arguments in ranks]
     leaves = list(zip(*by_rank, strict=True))
@@ -92,7 +92,8 @@ def _is_split(values: tuple, num_parts: int) -> bool:
     if not all(isinstance(x, _WITH_ROWS) and x.shape.rank for x in values):
         return False
     lengths = {x.shape[0] for x in values}
-    return (len(lengths) > 1 or None in lengths) and (num_parts == 1 or values[0] is not values[-1])
+    may_be_empty = len(lengths) > 1 or None in lengths or 0 in lengths
+    return may_be_empty and (num_parts == 1 or values[0] is not values[-1])
 
 
 def _lent(values: tuple) -> list:

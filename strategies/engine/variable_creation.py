@@ -89,6 +89,10 @@ def _layouts(
     if isinstance(beside, ShardedVariable) and tuple(beside.shape) == shape:
         # Optimizer state is created beside its variable and cut as the optimizer sees it.
         return beside.update_layout, beside.update_layout
+    if _is_optimizer_state():
+        # Named after a weight, but of another shape, as Adafactor's factors: rules are for weights.
+        whole = Layout((None,) * len(shape))
+        return whole, whole
     trainable = kwargs.get("trainable") is not False
     dtype = tf.as_dtype(kwargs.get("dtype") or tf.float32)
     layout = extended.layout_rules.find(path, shape, trainable)
@@ -104,13 +108,16 @@ def _layouts(
 
 def _host_of(extended: Any, kwargs: dict, beside: Any) -> str | None:
     """The host's device for what is offloaded to it, else None."""
-    is_state = isinstance(_internal.current_owner(), _internal.BaseOptimizer)
-    if is_state or isinstance(beside, ShardedVariable):
+    if _is_optimizer_state() or isinstance(beside, ShardedVariable):
         return extended.host_of_state
     # What is not trained, as statistics, counters and metrics, is written in every pass.
     dtype = tf.as_dtype(kwargs.get("dtype") or tf.float32)
     is_weight = kwargs.get("trainable") is not False and dtype.is_floating
     return extended.host_of_parameters if is_weight else None
+
+
+def _is_optimizer_state() -> bool:
+    return isinstance(_internal.current_owner(), _internal.BaseOptimizer)
 
 
 def _on_host(

@@ -173,7 +173,7 @@ def predict_step(model: keras.Model, data: Any) -> Any:
     """
     x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
     call = call_of(model, training=False)
-    outputs = Pipeline(model, lambda x: (None, call(x)), _of_any_length(x), None).outputs()
+    outputs = Pipeline(model, lambda x: (None, call(x)), x, None).outputs()
     return tf.nest.map_structure(batch.of_last_stage, outputs)
 
 
@@ -212,7 +212,7 @@ def _run(model: keras.Model, data: Any, training: bool, seed: Any) -> Pipeline:
             return loss, ()
         return loss, (y_pred, [dict(attributes_of(x)) for x in tf.nest.flatten(y_pred)])
 
-    return Pipeline(model, step, _of_any_length(data), seed)
+    return Pipeline(model, step, data, seed)
 
 
 def _with_attributes(y_pred: Any, attributes: list[dict[str, tf.Tensor]]) -> Any:
@@ -221,21 +221,6 @@ def _with_attributes(y_pred: Any, attributes: list[dict[str, tf.Tensor]]) -> Any
         for name, value in values.items():
             setattr(x, name, value)
     return y_pred
-
-
-def _of_any_length(data: Any) -> Any:
-    """Rows that microbatches may divide or not, as those of the last batch of an epoch."""
-    count = current_program().strategy.extended.options.num_microbatches
-    tensors = [x for x in tf.nest.flatten(data) if isinstance(x, tf.Tensor) and x.shape.rank]
-    if all(x.shape[0] is None or x.shape[0] % count == 0 for x in tensors):
-        return data
-
-    def any_length(x):
-        if not isinstance(x, tf.Tensor) or not x.shape.rank:
-            return x
-        return tf.compat.v1.placeholder_with_default(x, [None, *x.shape[1:]])
-
-    return tf.nest.map_structure(any_length, data)
 
 
 def _finish(model: keras.Model, pipeline: Pipeline, x, y, sample_weight) -> Callable[[], dict]:

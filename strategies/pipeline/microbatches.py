@@ -1,10 +1,36 @@
 """A rank's rows, cut into microbatches."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import tensorflow as tf
 
 from llmos_tf.spmd.program import ReplicaProgram
+
+
+def of_any_length(data: Any, count: int) -> Any:
+    """Returns rows whose number is forgotten, unless all microbatches have the same known shapes.
+
+    Microbatches may not divide the rows, as those of the last batch of an epoch; and how many
+    elements a row of another length has, a loss can tell of one row, not of a batch of known rows.
+
+    Args:
+        data: nested tensors whose first dimension is rows.
+        count: number of microbatches.
+
+    Returns:
+        The same structure.
+    """
+    tensors = [x for x in tf.nest.flatten(data) if isinstance(x, tf.Tensor) and x.shape.rank]
+    if all(x.shape.is_fully_defined() and x.shape[0] % count == 0 for x in tensors):
+        return data
+
+    def any_length(x):
+        if not isinstance(x, tf.Tensor) or not x.shape.rank or x.shape[0] is None:
+            return x
+        return tf.compat.v1.placeholder_with_default(x, [None, *x.shape[1:]])
+
+    return tf.nest.map_structure(any_length, data)
 
 
 class Microbatches:
@@ -16,10 +42,7 @@ class Microbatches:
     Args:
         program: of the stage.
         flat: tensors whose first dimension is rows; scalars go to all microbatches as they are.
-        count: m.
-
-    Raises:
-        ValueError: the microbatches do not divide rows whose number is known.
+        count: m, which divides the rows where their number is known; see `of_any_length`.
     """
 
     def __init__(self, program: ReplicaProgram, flat: Sequence[tf.Tensor], count: int):
@@ -28,13 +51,6 @@ class Microbatches:
         self._rows = next((x for x in flat if x.shape.rank), None)
         # Whether microbatches may differ in rows.
         self.are_uneven = self._rows is not None and self._rows.shape[0] is None
-        if self._rows is not None and not self.are_uneven and self._rows.shape[0] % count:
-            raise ValueError(
-                f"num_microbatches={count} does not divide the {self._rows.shape[0]} rows that "
-                f"each replica has of a batch. Take a global batch that is a multiple of {count} "
-                f"times the {program.mesh.batch_ways} replica(s), or another number of "
-                "microbatches."
-            )
         self._flat = [self._prepared(x) for x in flat]
 
     def _prepared(self, x: tf.Tensor) -> tf.Tensor:

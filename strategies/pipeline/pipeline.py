@@ -11,7 +11,7 @@ from llmos_tf.collectives import batch
 from llmos_tf.mesh import BATCH_AXES
 from llmos_tf.sharding import ShardedVariable, read_for_all
 from llmos_tf.spmd.program import require_program
-from llmos_tf.strategies.pipeline.microbatches import Microbatches
+from llmos_tf.strategies.pipeline.microbatches import Microbatches, of_any_length
 from llmos_tf.strategies.pipeline.placement import placement_of
 from llmos_tf.strategies.pipeline.shared_weights import SharedWeights
 from llmos_tf.strategies.pipeline.stage_executor import StageRun
@@ -39,9 +39,10 @@ class Pipeline:
         extended = program.strategy.extended
         # By it `warn_if_not_pipelined` knows.
         extended.num_pipelines += 1
+        count = extended.options.num_microbatches
+        data = of_any_length(data, count)
         flat = tf.nest.flatten(data, expand_composites=True)
         tensors = [x for x in flat if isinstance(x, tf.Tensor)]
-        count = extended.options.num_microbatches
         self._microbatches = microbatches = Microbatches(program, tensors, count)
         first = iter(microbatches.at(0)[0])
         sample = [next(first) if isinstance(x, tf.Tensor) else x for x in flat]

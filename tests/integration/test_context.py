@@ -218,11 +218,9 @@ def test_what_cannot_be_split_is_refused(float64, options, length, message):
 def test_a_model_that_knows_nothing_of_an_axis_is_refused(axis):
     """Fails if a mesh axis is accepted along which every rank would compute the same."""
     strategy = MeshStrategy(Mesh(**{axis: 2}))
-    with strategy.scope():
-        model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
-        model.compile("sgd", "mse")
-    with pytest.raises(ValueError, match=f"has the axis {axis}, and no model uses it"):
-        model.fit(np.zeros((2, 4)), np.zeros((2, 2)), verbose=0)
+    named = f"has the axis {axis}, and no model uses it"
+    with pytest.raises(ValueError, match=named), strategy.scope():
+        keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
 
 
 # --- memory ---------------------------------------------------------------------------------------

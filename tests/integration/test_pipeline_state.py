@@ -104,6 +104,8 @@ def test_normalization_is_by_microbatch(float64):
 
     for rows in (8, 6):
         model = make(build, pipeline())
+        # Changes nothing, and is not the end of the process.
+        model.train_on_batch(X[:0], Y[:0])
         model.train_on_batch(X[:rows], Y[:rows])
         cuts = [i * rows // 4 for i in range(1, 4)]
         parts = np.split(X[:rows], cuts)
@@ -133,9 +135,10 @@ def test_mixed_precision(policy):
 
 
 def test_on_batch(float64):
-    """Fails if arrays, or batches of another size each time, are no batch for a pipeline."""
+    """Fails if arrays, or batches of another size each time or none, are no batch for a
+    pipeline."""
     one, other = make(chain), make(chain, pipeline())
-    for rows in (8, 5, 3):
+    for rows in (8, 5, 0, 3):
         for method in ("train_on_batch", "test_on_batch"):
             logs = [getattr(m, method)(X[:rows], Y[:rows]) for m in (one, other)]
             np.testing.assert_allclose(*logs, atol=TOLERANCE)
@@ -144,6 +147,26 @@ def test_on_batch(float64):
     # And the model itself, called outside of any step.
     np.testing.assert_allclose(one(X), other(X), atol=TOLERANCE)
     assert_same_weights(one, other)
+
+
+def test_positions_of_any_number(float64):
+    """Fails if a batch of other lengths than the last one is refused, or a row of it counts as one
+    of another length."""
+
+    def build():
+        model = keras.Sequential([keras.Input([None, 8]), layers.Dense(8, "tanh"), layers.Dense(3)])
+        model.compile(keras.optimizers.AdamW(0.01), "mse")
+        return model
+
+    def losses(strategy):
+        model = make(build, strategy)
+        step = make_train_step(model, model.optimizer, "mse")
+        rows = [np.resize(X, (8, length, 8)) for length in (3, 4, 5)]
+        batches = [(x, x[..., :3]) for x in rows]
+        values = [model.train_on_batch(*batch) for batch in batches]
+        return [*values, *(float(step(*batch)) for batch in batches)]
+
+    np.testing.assert_allclose(losses(pipeline()), losses(None), atol=TOLERANCE)
 
 
 @pytest.mark.parametrize(

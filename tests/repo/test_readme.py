@@ -1,5 +1,8 @@
-"""The README: its example runs and shows what it says, its commands and links exist."""
+"""The README and the other pages: their code runs and shows what they say, their commands and
+links exist."""
 
+import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -7,25 +10,66 @@ import sys
 from pathlib import Path
 
 import pytest
+from repo.documented_code import blocks_of
 
 from llmos_tf.scripts.flags import FLAGS
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]
+# README.md first.
+PAGES_WITH_CODE = [str(page.relative_to(ROOT)) for page in PAGES if blocks_of(page)]
+
+needs_keras_hub = pytest.mark.skipif(
+    importlib.util.find_spec("keras_hub") is None, reason="keras-hub needs Python 3.11"
+)
 
 
-def test_the_example_trains_the_same_weights(tmp_path):
-    """Fails if the first example of the README does not run, or its weights differ by more than
-    float32 rounding."""
-    (code, *_) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert "DataParallelStrategy().scope()" in code
-    script = tmp_path / "example.py"
-    script.write_text(code, encoding="utf-8")
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, cwd=tmp_path)
+def run_blocks(folder, *names):
+    """What Python blocks of pages print in a process of their own, in an empty folder."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests/repo/documented_code.py"), *names],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@needs_keras_hub
+def test_python_blocks_run_as_they_stand(tmp_path):
+    """Fails if a block of a page raises, also for want of an import, if the README's first example
+    trains other weights, or if its traffic is another table."""
+    printed = run_blocks(tmp_path, *PAGES_WITH_CODE)
     # Weights are of order 1, and 12 steps of Adam of 1e-3.
-    assert float(done.stdout.split()[-1]) < 1e-6
+    assert "DataParallelStrategy().scope()" in blocks_of(ROOT / "README.md")[0]
+    assert float(printed[0].split()[-1]) < 1e-6
+    tables = [text for text in printed if text.startswith("| axis | kind")]
+    assert len(tables) == 1
+    assert tables[0] in README
+
+
+@needs_keras_hub
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    "name",
+    [f"{page}:{i}" for page in PAGES_WITH_CODE for i in range(len(blocks_of(ROOT / page)))],
+)
+def test_each_python_block_runs_alone(name, tmp_path):
+    """Fails if a block needs what another one has set up, such as virtual devices."""
+    run_blocks(tmp_path, name)
+
+
+@pytest.mark.fast
+def test_fragments_are_announced():
+    """Fails if a block is left out of the tests and the text does not say that it is no script."""
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        announced = re.findall(r"fragment[^\n]*\n\n```python fragment$", text, re.MULTILINE)
+        marked = re.findall(r"^```python\b", text, re.MULTILINE)
+        assert len(marked) == len(blocks_of(page)) + len(announced), page
 
 
 def test_the_verification_runs_as_it_is_pasted(tmp_path):

@@ -144,6 +144,16 @@ def test_a_size_that_is_no_positive_integer_is_named(size):
         assert f"Received: {axis}={size!r}" in str(error.value)
 
 
+def test_an_unknown_axis_names_those_that_exist():
+    """Catches an error that leaves the reader to guess what tp is called here."""
+    with pytest.raises(TypeError, match=f"axes of a mesh are {', '.join(AXES)}") as error:
+        Mesh(tp=2, data=2, dp=4, size=3)
+    assert "Received: tp=2, dp=4, size=3." in str(error.value)
+    assert "Did you mean Mesh(tensor=2, data=4)?" in str(error.value)
+    with pytest.raises(TypeError, match=r"Received: rows=2\.$"):
+        Mesh(rows=2)
+
+
 def test_numpy_integers_are_sizes():
     """Catches a mesh that refuses what np.prod returns, or keeps it and prints it oddly."""
     mesh = Mesh(data=np.int64(2))

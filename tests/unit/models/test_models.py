@@ -231,3 +231,15 @@ def test_from_preset_takes_a_name():
     model = GPT.from_preset("gpt_tiny", name="mine")
     assert model.weights[0].path == "mine/token_embedding/table"
     assert model(tf.zeros([1, 2], tf.int32)).shape == (1, 2, 256)
+
+
+def test_a_model_that_was_never_called_is_exported(tmp_path):
+    """Fails if export asks for a signature or a call, takes tokens for floats, or keeps one
+    length."""
+    with MeshStrategy(Mesh(fsdp=2)).scope():
+        model = with_random_weights(make(GPT_TINY))
+    model.export(tmp_path, verbose=False)
+    loaded = tf.saved_model.load(tmp_path)
+    tokens = tokens_for(GPT_TINY, rows=3)
+    for tokens_BT in (tokens, tokens[:1, :5]):
+        np.testing.assert_allclose(loaded.serve(tokens_BT), model(tokens_BT), atol=1e-5)

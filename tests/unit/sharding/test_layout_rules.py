@@ -4,6 +4,7 @@ import re
 
 import keras
 import pytest
+import tensorflow as tf
 
 from llmos_tf.mesh import Mesh
 from llmos_tf.sharding import Layout, LayoutRules, announce_layouts, mesh_axis_size
@@ -121,22 +122,56 @@ def test_two_rules_for_one_variable():
     strategy = MeshStrategy(
         MESH, layout_map={".*/kernel": (None, "tensor"), ".*hid.*": ("tensor",)}
     )
-    with strategy.scope(), pytest.raises(ValueError, match=r"matched by 2 layout rules") as error:
+    with pytest.raises(ValueError, match=r"matched by 2 layout") as error, strategy.scope():
         make_model()
     assert all(text in str(error.value) for text in (KERNEL, ".*/kernel", ".*hid.*"))
 
 
 def test_a_rule_that_matches_nothing():
-    """Catches a misspelt rule, by which a variable is silently whole on every rank."""
+    """Catches a misspelt rule, by which a variable is silently whole on every rank, or that only
+    the first step finds."""
     rules = {".*/hidden/kernel": (None, "tensor"), "model/ouput/kernel": ("tensor", None)}
     strategy = MeshStrategy(MESH, layout_map=rules)
-    with strategy.scope():
-        model = make_model()
-        model.compile("sgd", "mse")
-    x, y = [[1.0] * 4] * 2, [[1.0] * 2] * 2
-    with pytest.raises(ValueError, match="'model/ouput/kernel' matches no variable") as error:
-        model.fit(keras.ops.array(x), keras.ops.array(y), verbose=0)
+    named = "'model/ouput/kernel' matches no variable"
+    with pytest.raises(ValueError, match=named) as error, strategy.scope():
+        with strategy.scope():
+            model = make_model()
+        # The inner scope has checked nothing.
+        assert model.built
     assert "nearest paths are model/output/kernel" in str(error.value)
+    assert "  model/output/kernel (6, 2)\n  model/output/bias (2,)" in str(error.value)
+    # A model that its first batch builds.
+    with strategy.scope():
+        model = keras.Sequential([keras.layers.Dense(2)])
+        model.compile("sgd", "mse")
+    with pytest.raises(ValueError, match=named):
+        model.fit(keras.ops.ones((2, 4)), keras.ops.ones((2, 2)), verbose=0)
+
+
+def test_a_scope_that_is_left_otherwise_checks_nothing():
+    """Catches a check that hides the user's exception, or asks for weights where none were
+    created."""
+    strategy = MeshStrategy(MESH, layout_map={".*/hidden/kernel": (None, "tensor")})
+    with pytest.raises(RuntimeError, match="the user's"), strategy.scope():
+        keras.layers.Dense(2).build((None, 2))
+        raise RuntimeError("the user's")
+    with strategy.scope() as entered:
+        assert entered is strategy
+        keras.metrics.Mean()
+    assert not tf.distribute.has_strategy()
+
+
+def test_an_error_lists_all_weights():
+    """Catches a list that leaves out weights, or has a line for each of a hundred blocks."""
+    rules = LayoutRules(Mesh(tensor=2), {"typo": (None, "tensor")})
+    for i in range(12):
+        rules.find(f"gpt/block_{i}/dense/kernel", (4, 6), True)
+    rules.find("gpt/block_0/dense/bias", (6,), True)
+    with pytest.raises(ValueError, match="All paths and shapes of weights") as error:
+        rules.check_all_used()
+    *_, first, second = str(error.value).splitlines()
+    assert first == r"  gpt/block_\d+/dense/kernel (4, 6), 12 times"
+    assert second == "  gpt/block_0/dense/bias (6,)"
 
 
 def test_rules_are_not_checked_before_there_are_variables():
@@ -149,7 +184,7 @@ def test_rules_are_not_checked_before_there_are_variables():
 def test_a_dimension_that_the_axis_does_not_divide():
     """Catches a variable that is cut unevenly, or left whole, without a word."""
     strategy = MeshStrategy(Mesh(tensor=4), layout_map={".*/hidden/kernel": (None, "tensor")})
-    with strategy.scope(), pytest.raises(ValueError, match=r"does not divide") as error:
+    with pytest.raises(ValueError, match=r"does not divide") as error, strategy.scope():
         make_model()
     named = (KERNEL, "(4, 6)", "axis tensor of size 4", "dimension 1 of 6")
     assert all(text in str(error.value) for text in named)
@@ -196,12 +231,13 @@ def test_a_rule_that_does_not_fit_its_variable(axes, named):
 def test_a_tensor_axis_that_nothing_uses(rules):
     """Catches ranks that all do the same work, and look like a tensor-parallel run."""
     strategy = MeshStrategy(MESH, layout_map=rules)
-    with strategy.scope():
+    named = "has a tensor axis, but no layout"
+    with pytest.raises(ValueError, match=named) as error, strategy.scope():
         make_model()
-    with pytest.raises(ValueError, match="has a tensor axis, but no layout") as error:
-        strategy.run(lambda: keras.ops.ones(()))
     assert "data=2,tensor=2" in str(error.value)
-    assert "model/hidden/kernel, model/hidden/bias" in str(error.value)
+    assert "  model/hidden/kernel (4, 6)\n  model/hidden/bias (6,)" in str(error.value)
+    with pytest.raises(ValueError, match=named):
+        strategy.run(lambda: keras.ops.ones(()))
 
 
 def test_rules_for_axes_of_size_one_do_nothing():

@@ -31,6 +31,7 @@ pytestmark = pytest.mark.fast
         (lambda: TensorParallelStrategy(), {"tensor": 8}, 1),
         (lambda: TensorParallelStrategy(["CPU:4"], sequence_parallel=True), {}, 1),
         (lambda: MeshStrategy(Mesh(data=2, fsdp=2, tensor=2)), {"data": 2, "fsdp": 2}, 4),
+        (lambda: MeshStrategy(Mesh(data=2), devices=["CPU:5", "CPU:3"]), {"data": 2}, 2),
     ],
 )
 def test_the_classes(make, sizes, replicas):
@@ -52,6 +53,7 @@ def test_devices_keep_their_order_and_get_full_names():
     with strategy.scope():
         variable = tf.Variable(0.0)
     assert tuple(c.device for c in variable.values) == strategy.mesh.devices
+    assert MeshStrategy(Mesh(data=4), devices=names).mesh.devices == strategy.mesh.devices
     default = MeshStrategy(Mesh(data=2)).mesh.devices
     assert default == (f"{prefix}:0", f"{prefix}:1")
 
@@ -79,6 +81,11 @@ def test_every_strategy_takes_the_options_of_a_mesh(make):
         (lambda: MeshStrategy("data=2"), "takes an llmos_tf.Mesh, such as Mesh(data=2)"),
         (lambda: MeshStrategy(Mesh(data=9)), "needs 9 devices; 8 CPU devices are visible"),
         (lambda: MeshStrategy(Mesh(devices=["CPU:8"])), "There is no device 'CPU:8'"),
+        (
+            lambda: MeshStrategy(Mesh(devices=["CPU:1"]), devices=["CPU:0"]),
+            "Give the devices once, to the mesh or to the strategy",
+        ),
+        (lambda: MeshStrategy(Mesh(data=2), devices=["CPU:0"]), "needs 2 devices"),
         (lambda: DataParallelStrategy(["CPU:0", "CPU:0"]), "in a mesh only once"),
         (lambda: DataParallelStrategy(["CPU:1", "/cpu:1"]), "in a mesh only once"),
         (lambda: DataParallelStrategy([]), "Received: data=0"),

@@ -14,6 +14,7 @@ from small_strategies import MESHES, MESHES_OF_4, make_model, strategy_of
 from llmos_tf.mesh import Mesh
 from llmos_tf.strategies import MeshStrategy
 from llmos_tf.strategies.engine.engine import MAX_EAGER_FUNCTIONS
+from llmos_tf.training import make_train_step
 
 pytestmark = pytest.mark.graph_optimizer
 
@@ -159,6 +160,37 @@ def test_a_custom_training_loop(float64, mesh, loop):
     weights, loss = custom_loop(strategy_of(mesh), loop)
     assert_close(weights, expected)
     assert loss == pytest.approx(expected_loss, abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("mesh", ["data2", "tensor2"])
+def test_a_batch_of_no_rows(float64, mesh):
+    """Catches an empty batch that stops a mesh, moves weights otherwise than one device does, or
+    sets what a layer keeps up to zero."""
+
+    def train(strategy):
+        with strategy.scope():
+            model = make_model()
+        step = make_train_step(model, model.optimizer, "mse")
+        logs = [model.train_on_batch(X[:n], Y[:n]) for n in (8, 0)]
+        logs += [model.test_on_batch(X[:0], Y[:0]), float(step(X[:0], Y[:0]))]
+        assert model.predict_on_batch(X[:0]).shape == (0, 2)
+        return [*np.hstack(logs), *model.get_weights()]
+
+    assert_close(train(strategy_of(mesh)), train(tf.distribute.get_strategy()))
+
+
+def test_a_batch_of_no_rows_is_no_statistic(float64):
+    """Catches moving averages that are zero, or not a number, after an empty batch."""
+    with strategy_of("data2").scope():
+        model = keras.Sequential([keras.Input((4,)), keras.layers.BatchNormalization()])
+        model.compile("sgd", "mse")
+    statistics = model.layers[0].non_trainable_weights
+    assert len(statistics) == 2
+    for rows in (8, 0):
+        before = [v.numpy() for v in statistics]
+        model.train_on_batch(X[:rows], X[:rows])
+        are_same = [np.array_equal(v.numpy(), b) for v, b in zip(statistics, before, strict=True)]
+        assert are_same == [rows == 0] * 2
 
 
 def test_fit_takes_booleans(float64):
