@@ -1,9 +1,14 @@
 """Devices: list them, make virtual CPU devices, join a cluster of processes."""
 
+import contextlib
+import errno
 import json
+import logging
+import signal
 import socket
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -13,8 +18,12 @@ from llmos_tf.mesh import Mesh
 
 # Seconds: machines of a cluster may take minutes to start.
 CONNECT_TIMEOUT = 600.0
+# Seconds after which a wait for other processes is reported, first and then again.
+FIRST_NOTICE, NEXT_NOTICE = 5.0, 60.0
 # Seconds without a sign of life after which a process is taken for dead.
 HEARTBEAT_TIMEOUT = 30
+
+_log = logging.getLogger("llmos_tf")
 
 
 def configure_virtual_cpus(count: int) -> None:
@@ -174,8 +183,18 @@ def connect_workers(
         task_index=task,
         protocol="grpc",
     )
-    context.enable_collective_ops(server)
-    context.ensure_initialized()
+    with _own_sigterm():
+        context.enable_collective_ops(server)
+        context.ensure_initialized()
+
+
+@contextlib.contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keeps what SIGTERM does; the coordination service only notes it, and the process goes on."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
 
 
 def _has_joined(workers: list[str], task: int) -> bool:
@@ -223,7 +242,8 @@ def _await_workers(workers: Sequence[str], task: int, timeout: float) -> None:
     first whether they are there, and lets them see that this one is, by a port that listens.
     """
     missing = {i: address for i, address in enumerate(workers) if i != task}
-    deadline = time.monotonic() + timeout
+    start = time.monotonic()
+    deadline, notice = start + timeout, start + FIRST_NOTICE
     with _listen(workers[task]):
         while missing:
             missing = {i: one for i, one in missing.items() if not _answers(one)}
@@ -235,19 +255,39 @@ def _await_workers(workers: Sequence[str], task: int, timeout: float) -> None:
                     "them, with its own task index in TF_CONFIG, and see that their ports can be "
                     "reached from here. If they take longer to start, raise timeout=."
                 )
+            if missing and time.monotonic() > notice:
+                notice = time.monotonic() + NEXT_NOTICE
+                _log.warning(
+                    "Worker %d (%s) is waiting for %s, for up to %.0f seconds.",
+                    task,
+                    workers[task],
+                    ", ".join(f"worker {i} ({address})" for i, address in missing.items()),
+                    deadline - time.monotonic(),
+                )
             if missing:
                 time.sleep(0.1)
 
 
 def _listen(address: str) -> socket.socket:
-    """A socket that others can connect to, until TensorFlow takes over the port."""
-    port = int(address.rpartition(":")[2])
+    """A socket that others can connect to, until TensorFlow takes over the port.
+
+    It listens at the address only, as far as that is one of this machine, and not of a gateway.
+    """
+    host, _, port = address.rpartition(":")
     try:
+        for family, *_, place in socket.getaddrinfo(
+            host.strip("[]"), int(port), type=socket.SOCK_STREAM
+        ):
+            try:
+                return socket.create_server(place[:2], family=family, backlog=128)
+            except OSError as error:
+                if error.errno != errno.EADDRNOTAVAIL:
+                    raise
         if socket.has_dualstack_ipv6():
             return socket.create_server(
-                ("", port), family=socket.AF_INET6, backlog=128, dualstack_ipv6=True
+                ("", int(port)), family=socket.AF_INET6, backlog=128, dualstack_ipv6=True
             )
-        return socket.create_server(("", port), backlog=128)
+        return socket.create_server(("", int(port)), backlog=128)
     except OSError as error:
         raise RuntimeError(
             f"This process cannot listen at its address {address}: {error}. Another program, "

@@ -33,6 +33,9 @@ def make_variable(extended: Any, next_creator: Callable, kwargs: dict[str, Any])
     name = kwargs.get("name") or "variable"
     path = "/".join(filter(None, (_internal.current_path(), name)))
     initial = _initial_value(kwargs)
+    if extended.agreement is not None and not tf.is_symbolic_tensor(initial):
+        # What was drawn before, or read from a file, may differ between processes.
+        initial = extended.agreement.value_of_chief(initial, path)
     strategy = extended.container_strategy()
 
     host = _host_of(extended, kwargs, beside)
