@@ -50,7 +50,7 @@ class MultiWorkerMeshStrategy(MeshStrategy):
     stops all (docs/workers.md).
 
     A worker's TensorFlow server listens on all interfaces of its machine, without authentication,
-    whatever address TF_CONFIG gives. Keep its port from others by a firewall or a network namespace.
+    whatever address TF_CONFIG gives. Close its port to others by a firewall or a network namespace.
 
     Args:
         mesh: the axes, over all devices of all workers; None for all of them on `data`.

@@ -63,6 +63,7 @@ def _agreeing_fit(original: Callable) -> Callable:
         together = _Together(watch)
         given = arguments["callbacks"]
         if isinstance(given, keras.callbacks.CallbackList):
+            together.others = list(given.callbacks)
             given.append(together)
         else:
             together.others = [] if given is None else tf.nest.flatten(given)
@@ -173,7 +174,7 @@ class _Together(keras.callbacks.Callback):
         backups = [c for c in self.others if isinstance(c, keras.callbacks.BackupAndRestore)]
         for callback in backups:
             _internal.save_backup(callback)
-        saved = ", ".join(callback.backup_dir for callback in backups)
+        saved = ", ".join(str(callback.backup_dir) for callback in backups)
         _log.warning(
             "SIGTERM: fit ends after the same step in all workers, %s.",
             f"with a backup in {saved}"

@@ -35,6 +35,7 @@ NIGHTLY = {
     ("strategy_worker.py", "check_fit_fsdp"),
     ("strategy_worker.py", "check_fit_pipe_inside"),
     ("strategy_worker.py", "check_fit_pipe_tensor"),
+    ("strategy_worker.py", "check_time_limit"),
     ("worker.py", "check_fit_tensor_across"),
 }
 
