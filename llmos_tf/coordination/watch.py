@@ -26,6 +26,8 @@ from llmos_tf.coordination.stopping import StepStop
 _TURN = 1000
 # Seconds for which answers of other processes are waited for.
 _ANSWER = 10.0
+# Characters of another worker's error.
+_SHOWN = 2000
 # Parts of the paths of files that are not the user's.
 _NOT_THE_SCRIPT = ("site-packages", "llmos_tf", "strategies", "threading.py", "<")
 
@@ -72,6 +74,19 @@ class Watch:
         finally:
             self.position = before
 
+    def report(self, error: Exception) -> None:
+        """Tells the others that a step has failed here, so that they do not wait for it.
+
+        Args:
+            error: that of the step.
+        """
+        lines = (line.strip() for line in str(error).splitlines())
+        text = " ".join(line for line in lines if line and not line.startswith("File "))
+        text = f"{self.agreement.worker(self.agreement.task)} has failed: {text[:_SHOWN]}"
+        # One that fails as another one has is not the cause.
+        with contextlib.suppress(tf.errors.AlreadyExistsError):
+            _table().set_config_key_value(f"{self._key()}/failed", text)
+
     def close(self) -> None:
         """Ends the thread."""
         self._ended.set()
@@ -84,6 +99,8 @@ class Watch:
                 self.stop.watch(_TURN)
                 self._answer()
                 steps = self._steps()
+                if steps[0] > steps[1] and self._fails_with_another():
+                    return
                 if steps != seen or steps[0] == steps[1]:
                     seen, since = steps, time.monotonic()
                 elif self._limit is not None and time.monotonic() - since > self._limit:
@@ -94,6 +111,15 @@ class Watch:
                 # process finds out by its own next call.
                 _log.info("The watch of this worker ends: %s", error)
                 return
+
+    def _fails_with_another(self) -> bool:
+        """Ends the collectives of this process if another one has failed."""
+        try:
+            text = _table().get_config_key_value(f"{self._key()}/failed", 100)
+        except tf.errors.DeadlineExceededError:
+            return False
+        _table().abort_collective_ops(tf.errors.ABORTED, text)
+        return True
 
     def _answer(self) -> None:
         """Tells where this process is, when another one has asked."""

@@ -68,7 +68,7 @@ def _agreeing_fit(original: Callable) -> Callable:
         else:
             together.others = [] if given is None else tf.nest.flatten(given)
             arguments["callbacks"] = [*together.others, together]
-        with watch.at("in fit"), _noted_sigterm(together):
+        with watch.at("in fit"), _reported(watch), _noted_sigterm(together):
             return original(*bound.args, **bound.kwargs)
 
     return fit
@@ -86,7 +86,7 @@ def _agreeing(original: Callable) -> Callable:
         bound = signature.bind(model, *args, **kwargs)
         bound.apply_defaults()
         watch.agreement.require_same(f"arguments of {original.__name__}", _facts(bound.arguments))
-        with watch.at(f"in {original.__name__}"):
+        with watch.at(f"in {original.__name__}"), _reported(watch):
             return original(model, *args, **kwargs)
 
     return loop
@@ -101,6 +101,16 @@ def _facts(arguments: dict[str, Any]) -> dict[str, str]:
         elif name not in _OWN and name != next(iter(arguments)):
             facts[name] = repr(value)
     return facts
+
+
+@contextlib.contextmanager
+def _reported(watch: Watch) -> Iterator[None]:
+    """Has the other workers fail with the error of a step that fails in this one."""
+    try:
+        yield
+    except tf.errors.OpError as error:
+        watch.report(error)
+        raise
 
 
 @contextlib.contextmanager

@@ -394,16 +394,14 @@ def check_a_layout_map():
     MultiWorkerMeshStrategy(Mesh(tensor=4), layout_map=layouts)
 
 
-def check_time_limit():
-    """Catches a worker that waits for ever for one that does not come. The last of the checks:
-    TensorFlow uses no collective of the process again."""
+def alone_a_worker_that_does_not_come():
+    """Catches a worker that waits for ever for one that has less data."""
     strategy = MultiWorkerMeshStrategy(Mesh(data=4), collective_timeout=15)
     x, y, _ = features()
     with strategy.scope():
         model = build_mlp(sgd())
     # Nobody knows how many there are.
-    count = 40 if TASK == 0 else 20
-    rows = tf.data.Dataset.from_tensor_slices((x[:4], y[:4])).repeat(count)
+    rows = tf.data.Dataset.from_tensor_slices((x[:4], y[:4])).repeat(40 if TASK == 0 else 20)
     try:
         model.fit(rows.filter(lambda a, b: True).batch(4), verbose=0)
         raise AssertionError("trained")
@@ -414,14 +412,40 @@ def check_time_limit():
         assert "all_reduce_along_data" in text, text
 
 
-CHECKS = {name: value for name, value in globals().items() if name.startswith("check_")}
+def alone_a_step_that_fails():
+    """Catches a worker that does not say why another one has failed, or says it late."""
+    strategy = MultiWorkerMeshStrategy(Mesh(data=4))
+    x, y, _ = features()
+    x[7] = 1e6  # The last row of the second batch, which worker 1 has.
+
+    class Check(keras.layers.Layer):
+        def call(self, x):
+            check = tf.debugging.assert_less(x, tf.cast(100, x.dtype), "bad row")
+            with tf.control_dependencies([check]):
+                return tf.identity(x)
+
+    with strategy.scope():
+        model = keras.Sequential([Check(), keras.layers.Dense(3)])
+        model.compile("sgd", "mse")
+    try:
+        model.fit(x, y, 4, shuffle=False, verbose=0)
+        raise AssertionError("trained")
+    except tf.errors.OpError as error:
+        text = str(error)
+    assert "bad row" in text, text
+    assert TASK == 1 or "worker 1 (localhost:" in text, text
+
+
+# Those that begin with "alone_" leave processes that TensorFlow runs no collective in again.
+PREFIXES = ("check_", "alone_")
+CHECKS = {name: value for name, value in globals().items() if name.startswith(PREFIXES)}
 
 
 def main(names):
     devices.configure_virtual_cpus(2)
     keras.config.set_floatx("float64")
     keras.config.set_dtype_policy("float64")
-    for name in names or CHECKS:
+    for name in names or [name for name in CHECKS if name.startswith("check_")]:
         started = time.monotonic()
         CHECKS[name]()
         print(f"passed {name}\n{time.monotonic() - started:.1f} s", flush=True)
