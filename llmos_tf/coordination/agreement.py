@@ -105,10 +105,12 @@ class Agreement:
         """  # noqa: DOC502
         entries = {what: value} if isinstance(value, str) else dict(value)
         text = json.dumps(entries, sort_keys=True)
-        digests = self.from_all(hashlib.sha256(text.encode()).hexdigest(), what, self.limit)
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        does = f"compare {what}"
+        digests = self.from_all(digest, does, self.limit)
         if len(set(digests)) == 1:
             return
-        all_entries = [json.loads(one) for one in self.from_all(text, what, self.limit)]
+        all_entries = [json.loads(one) for one in self.from_all(text, does, self.limit)]
         self.refuse(what, all_entries)
 
     def refuse(self, what: str, entries: list[dict[str, str] | None]) -> NoReturn:

@@ -7,6 +7,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+# Of a longer list each entry is a row and not an array.
+_PARTS = 32
 # Of a configuration: names, which count the layers that a process has made, and numbers of objects.
 _OWN = ("name", "shared_object_id", "registered_name")
 
@@ -29,11 +31,11 @@ def data_facts(name: str, data: Any) -> dict[str, str]:
         return {name: f"{type(data).__name__} of {data.num_batches} batches"}
     if isinstance(data, Mapping):
         parts = [(f"{name}[{key!r}]", part) for key, part in sorted(data.items(), key=str)]
-    elif isinstance(data, list | tuple) and any(hasattr(part, "shape") for part in data):
+    elif isinstance(data, list | tuple) and len(data) <= _PARTS:
         parts = [(f"{name}[{i}]", part) for i, part in enumerate(data)]
     else:
         shape = getattr(data, "shape", None)
-        if shape is None or not len(shape):
+        if not shape:
             return {name: "none" if data is None else type(data).__name__}
         facts = {f"{name}, rows": str(shape[0])}
         facts[f"{name}, shape and dtype of a row"] = f"{list(shape[1:])} {_dtype(data)}"
