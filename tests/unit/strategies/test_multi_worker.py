@@ -11,7 +11,8 @@ import keras
 import pytest
 import tensorflow as tf
 
-from llmos_tf import Mesh, devices
+from llmos_tf import Mesh
+from llmos_tf.coordination import arrival
 from llmos_tf.strategies import MultiWorkerMeshStrategy
 from llmos_tf.strategies.multi_worker import _workers_of, described
 
@@ -162,11 +163,11 @@ def listening(address):
 
 def test_a_worker_that_does_not_start(monkeypatch, caplog):
     """Fails if a missing worker is waited for without end or a word, or is not named."""
-    monkeypatch.setattr(devices, "FIRST_NOTICE", 0.1)
+    monkeypatch.setattr(arrival, "FIRST_NOTICE", 0.1)
     workers = addresses(3)
     start = time.monotonic()
     with listening(workers[1]), pytest.raises(TimeoutError) as error:
-        devices._await_workers(workers, 0, 0.5)
+        arrival.await_workers(workers, 0, 0.5)
     assert time.monotonic() - start < 5
     assert f"the workers 2 ({workers[2]}), which" in str(error.value)
     (notice,) = caplog.messages
@@ -177,7 +178,7 @@ def test_workers_that_start():
     """Fails if workers that are there are not seen."""
     workers = addresses(2)
     with listening(workers[1]):
-        devices._await_workers(workers, 0, 30)
+        arrival.await_workers(workers, 0, 30)
 
 
 def test_a_port_that_is_taken():
@@ -185,4 +186,4 @@ def test_a_port_that_is_taken():
     (worker,) = addresses(1)
     words = f"cannot listen at its address {worker}"
     with listening(worker), pytest.raises(RuntimeError, match=words):
-        devices._await_workers([worker], 0, 1)
+        arrival.await_workers([worker], 0, 1)
