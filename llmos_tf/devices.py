@@ -1,14 +1,16 @@
 """Devices: list them, make virtual CPU devices, join a cluster of processes."""
 
+import contextlib
 import json
-import socket
-import time
-from collections.abc import Mapping, Sequence
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
 
 from llmos_tf import _internal
+from llmos_tf.coordination.arrival import await_workers
 from llmos_tf.mesh import Mesh
 
 # Seconds: machines of a cluster may take minutes to start.
@@ -166,7 +168,7 @@ def connect_workers(
         return
     context = _internal.eager_context.context()
     _configure(context, task, len(workers))
-    _await_workers(workers, task, timeout)
+    await_workers(workers, task, timeout)
     server = _internal.ServerDef(
         cluster=tf.train.ClusterSpec({"worker": workers}).as_cluster_def(),
         default_session_config=context.config,
@@ -174,8 +176,18 @@ def connect_workers(
         task_index=task,
         protocol="grpc",
     )
-    context.enable_collective_ops(server)
-    context.ensure_initialized()
+    with _own_sigterm():
+        context.enable_collective_ops(server)
+        context.ensure_initialized()
+
+
+@contextlib.contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keeps what SIGTERM does; the coordination service only notes it, and the process goes on."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
 
 
 def _has_joined(workers: list[str], task: int) -> bool:
@@ -214,54 +226,6 @@ def _configure(context: Any, task: int, num_workers: int) -> None:
         heartbeat_timeout_in_ms=HEARTBEAT_TIMEOUT * 1000,
         coordinated_jobs=[_internal.CoordinatedJob(name="worker", num_tasks=num_workers)],
     )
-
-
-def _await_workers(workers: Sequence[str], task: int, timeout: float) -> None:
-    """Returns when every other process can be reached.
-
-    TensorFlow waits for them in one call that nothing interrupts, not even Ctrl-C. So this looks
-    first whether they are there, and lets them see that this one is, by a port that listens.
-    """
-    missing = {i: address for i, address in enumerate(workers) if i != task}
-    deadline = time.monotonic() + timeout
-    with _listen(workers[task]):
-        while missing:
-            missing = {i: one for i, one in missing.items() if not _answers(one)}
-            if missing and time.monotonic() > deadline:
-                names = ", ".join(f"{i} ({address})" for i, address in missing.items())
-                raise TimeoutError(
-                    f"Worker {task} ({workers[task]}) has waited {timeout:.0f} seconds for the "
-                    f"workers {names}, which do not answer. Start the same script on each of "
-                    "them, with its own task index in TF_CONFIG, and see that their ports can be "
-                    "reached from here. If they take longer to start, raise timeout=."
-                )
-            if missing:
-                time.sleep(0.1)
-
-
-def _listen(address: str) -> socket.socket:
-    """A socket that others can connect to, until TensorFlow takes over the port."""
-    port = int(address.rpartition(":")[2])
-    try:
-        if socket.has_dualstack_ipv6():
-            return socket.create_server(
-                ("", port), family=socket.AF_INET6, backlog=128, dualstack_ipv6=True
-            )
-        return socket.create_server(("", port), backlog=128)
-    except OSError as error:
-        raise RuntimeError(
-            f"This process cannot listen at its address {address}: {error}. Another program, "
-            "perhaps of an earlier run, has the port; end it, or choose another port."
-        ) from error
-
-
-def _answers(address: str) -> bool:
-    host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
-    except OSError:
-        return False
-    return True
 
 
 def _this_process() -> tf.DeviceSpec:

@@ -23,6 +23,7 @@ import tensorflow as tf
 
 from llmos_tf import _internal, collectives, devices
 from llmos_tf.collectives import batch
+from llmos_tf.coordination import Agreement
 from llmos_tf.mesh import BATCH_AXES, Mesh
 from llmos_tf.options import MeshOptions
 from llmos_tf.sharding import LayoutRules, ShardedVariable
@@ -92,6 +93,8 @@ class MeshExtended(_internal.MirroredExtended):
         self.shares_memory = _shares_memory(mesh, local)
         self.collective_keys = CollectiveKeys(mesh)
         self.engine = Engine(self)
+        # Of the processes that hold the ranks; None where they do not check each other.
+        self.agreement: Agreement | None = None
         # Whether other processes hold some of the ranks.
         self.spans_processes = len(self.local_ranks) < mesh.size
         # The parts of the batch that this process works on.

@@ -1,8 +1,8 @@
 """A mesh over the devices of several processes, on one machine or many."""
 
-import json
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
@@ -10,11 +10,16 @@ import tensorflow as tf
 
 from llmos_tf import devices
 from llmos_tf.coordination import Agreement
+from llmos_tf.coordination.tf_config import addresses_problem, tf_config_problem
+from llmos_tf.coordination.watch import Watch
 from llmos_tf.devices import CONNECT_TIMEOUT, connect_workers
 from llmos_tf.mesh import Mesh
+from llmos_tf.strategies.keras_patches.fit_agreement import hook_agreement
 from llmos_tf.strategies.keras_patches.saving import hook_files
 from llmos_tf.strategies.mesh import MeshStrategy, mesh_over
 
+# Seconds; as for the workers to start.
+COLLECTIVE_TIMEOUT = devices.CONNECT_TIMEOUT
 _EXAMPLE = (
     'TF_CONFIG=\'{"cluster": {"worker": ["host0:12345", "host1:12345"]}, '
     '"task": {"type": "worker", "index": 0}}\', with index 1 on the second host'
@@ -40,8 +45,13 @@ class MultiWorkerMeshStrategy(MeshStrategy):
     `model.save`, and Keras's callbacks, write files in process 0 only. `BackupAndRestore` and
     `load_model` read in every process, so that they need a disk that all see.
 
-    The processes have the random state of process 0, so a script needs no seed. But data that a
-    script makes by itself has to be the same everywhere: seed `numpy.random.default_rng`.
+    The processes have the random state and the initial values of process 0, so a script needs no
+    seed. But data that a script makes by itself has to be the same everywhere: seed
+    `numpy.random.default_rng`. Workers that differ in their scripts are refused, and one that stops
+    stops all (docs/workers.md).
+
+    A worker's TensorFlow server listens on all interfaces of its machine, without authentication,
+    whatever address TF_CONFIG gives. Close its port to others by a firewall or a network namespace.
 
     Args:
         mesh: the axes, over all devices of all workers; None for all of them on `data`.
@@ -49,6 +59,10 @@ class MultiWorkerMeshStrategy(MeshStrategy):
         cluster_resolver: names the workers and this one, such as
             `tf.distribute.cluster_resolver.SlurmClusterResolver`; None reads TF_CONFIG.
         timeout: seconds to wait for the other workers to start.
+        collective_timeout: seconds that a step, or an agreement before one, waits for the other
+            workers before it fails with an error that names those that are missing; None waits for
+            ever. The default of ten minutes allows for what a worker may do alone: compile its
+            program, read slow input, run a callback.
         **options: as in `MeshStrategy`.
 
     Raises:
@@ -76,6 +90,7 @@ class MultiWorkerMeshStrategy(MeshStrategy):
         devices: Sequence[str] | None = None,
         cluster_resolver: tf.distribute.cluster_resolver.ClusterResolver | None = None,
         timeout: float = CONNECT_TIMEOUT,
+        collective_timeout: float | None = COLLECTIVE_TIMEOUT,
         **options: Any,
     ):
         if mesh is not None and not isinstance(mesh, Mesh):
@@ -93,19 +108,37 @@ class MultiWorkerMeshStrategy(MeshStrategy):
         # `tf.distribute` shows it as `strategy.cluster_resolver`.
         self.extended._cluster_resolver = cluster_resolver
         # Made by all workers in the same order, so their names agree.
-        self.agreement = Agreement(f"strategy_{self.extended.collective_keys.first}")
-        versions = f"TensorFlow {tf.__version__}, Keras {keras.__version__}"
-        options = ", ".join(f"{name}={value}" for name, value in sorted(options.items()))
-        self.agreement.require_same(
-            "mesh, options and versions", f"{self.mesh!r}, {options or 'no options'}, {versions}"
-        )
+        name = f"strategy_{self.extended.collective_keys.first}"
+        self.agreement = Agreement(name, collective_timeout)
+        facts = {"mesh": repr(self.mesh), "TensorFlow": tf.__version__, "Keras": keras.__version__}
+        facts |= {name: described(value) for name, value in options.items()}
+        self.agreement.require_same("mesh, options and versions", facts)
         self.agreement.share_random_state()
+        self.extended.agreement = self.agreement
+        steps = self.extended.engine.count_steps()
+        self.watch = Watch(self.agreement, steps.read, collective_timeout)
         hook_files()
+        hook_agreement()
 
     @property
     def num_workers(self) -> int:
         """Number of processes."""
         return len({devices.process_of(device) for device in self.mesh.devices})
+
+
+def described(option: Any) -> str:
+    """Returns an option as all workers have it, without the addresses of objects.
+
+    Args:
+        option: value of an option.
+
+    Returns:
+        Its contents.
+    """
+    if isinstance(option, Mapping):
+        axes = {key: getattr(value, "axes", value) for key, value in option.items()}
+        return str({key: described(value) for key, value in axes.items()})
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(option))
 
 
 def _tf_config_resolver() -> tf.distribute.cluster_resolver.ClusterResolver:
@@ -117,19 +150,9 @@ def _tf_config_resolver() -> tf.distribute.cluster_resolver.ClusterResolver:
             f"is, from the environment variable TF_CONFIG, which is not set. Set {_EXAMPLE}; or "
             "give cluster_resolver=. For the devices of one process take MeshStrategy."
         )
-    try:
-        config = json.loads(text)
-    except ValueError as error:
-        raise ValueError(
-            f"TF_CONFIG is no JSON: {error}. It is written like {_EXAMPLE}. Received: {text}"
-        ) from error
-    task = config.get("task") if isinstance(config, dict) else None
-    is_index = isinstance(task, dict) and str(task.get("index", "")).isdecimal()
-    if not is_index or "type" not in task or not isinstance(config.get("cluster"), dict):
-        raise ValueError(
-            "TF_CONFIG needs a cluster and a task with its type and index, like "
-            f"{_EXAMPLE}. Received: {text}"
-        )
+    problem = tf_config_problem(text)
+    if problem:
+        raise ValueError(f"TF_CONFIG {problem}. It is written like {_EXAMPLE}. Received: {text}")
     return tf.distribute.cluster_resolver.TFConfigClusterResolver()
 
 
@@ -137,14 +160,19 @@ def _workers_of(resolver: tf.distribute.cluster_resolver.ClusterResolver) -> tup
     """Addresses of all workers, a chief first, and the index of this one."""
     spec = resolver.cluster_spec().as_dict()
     kind, index = resolver.task_type, resolver.task_id
+    for job in ("chief", "worker"):
+        problem = addresses_problem(job, spec.get(job, []))
+        if problem:
+            raise ValueError(f"The cluster {problem}. Received: cluster={spec}.")
     workers = [(job, i, a) for job in ("chief", "worker") for i, a in enumerate(spec.get(job, ()))]
     mine = [k for k, (job, i, _) in enumerate(workers) if (job, i) == (kind, index)]
     if not mine:
         known = ", ".join(f"{job} {i}" for job, i, _ in workers) or "none"
         raise ValueError(
             f"This process is the task {kind} {index} of the cluster, which is none of those that "
-            f"train: {known}. Give each process the type and index of one of them (other jobs, "
-            f"such as evaluator and ps, have no part in a mesh). Received: cluster={spec}."
+            f"train: {known}. Give each process the type and index of one of them, by TF_CONFIG or "
+            "the cluster resolver (other jobs, such as evaluator and ps, have no part in a mesh). "
+            f"Received: cluster={spec}."
         )
     return [address for _, _, address in workers], mine[0]
 

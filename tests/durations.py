@@ -21,7 +21,7 @@ BUDGETS: dict[str, dict[str, float]] = {
     "normal": {
         "tests/equivalence": 500,
         "tests/integration": 1150,
-        "tests/multiprocess": 150,
+        "tests/multiprocess": 180,
         "tests/repo": 70,
         "tests/unit": 10,
         "tests/unit/checkpoint": 50,
@@ -45,7 +45,7 @@ BUDGETS: dict[str, dict[str, float]] = {
     "nightly": {
         "tests/equivalence": 2000,
         "tests/integration": 2600,
-        "tests/multiprocess": 170,
+        "tests/multiprocess": 260,
         "tests/repo": 1200,
         "tests/unit/inference": 25,
         "tests/unit/layers": 30,

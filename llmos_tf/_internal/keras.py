@@ -54,6 +54,7 @@ __all__ = [
     "keras_random_seed",
     "legacy_h5_format",
     "model_of_predict_step",
+    "save_backup",
     "saving_lib",
     "specs_of_train_function",
 ]
@@ -115,3 +116,8 @@ def current_owner() -> Any:
     """Returns the Keras object, as an optimizer, that is making a variable, or None."""
     scopes = get_global_attribute("name_scope_stack", default=[])
     return scopes[-1].caller if scopes else None
+
+
+def save_backup(callback: Any) -> None:
+    """Has a `BackupAndRestore` save now; in public it does so after an epoch or so many batches."""
+    callback._save_model()

@@ -80,6 +80,7 @@ def all_reduce(x: tf.Tensor, axes: Axes, op: str = "sum", hierarchical: bool = F
         x = tf.stop_gradient(x)
     if group.size == 1:
         return tf.identity(x)
+    x = group.agreed(x)
     if op != "sum":
         return group.reduce(x, _MERGE_OPS[op])
 
@@ -119,6 +120,7 @@ def all_gather(x: tf.Tensor, axes: Axes, dim: int = 0) -> tf.Tensor:
     if group.size == 1:
         return tf.identity(x)
 
+    x = group.agreed(x)
     return _linear(x, lambda x: group.gather(x, dim), lambda dy: reduce_scatter(dy, axes, dim))
 
 
@@ -143,6 +145,7 @@ def reduce_scatter(x: tf.Tensor, axes: Axes, dim: int = 0) -> tf.Tensor:
         return tf.identity(x)
     group.check_divides(x, dim)
 
+    x = group.agreed(x)
     return _linear(x, lambda x: group.reduce_scatter(x, dim), lambda dy: all_gather(dy, axes, dim))
 
 
@@ -175,6 +178,7 @@ def all_to_all(
         return tf.identity(x)
     group.check_divides(x, split_dim)
 
+    x = group.agreed(x)
     return _linear(
         x,
         lambda x: group.exchange(x, split_dim, concat_dim, usual_length),
@@ -205,6 +209,7 @@ def broadcast(x: tf.Tensor, axes: Axes, root: int = 0) -> tf.Tensor:
         )
     if group.size == 1:
         return tf.identity(x)
+    x = group.agreed(x)
     at_root = tf.equal(group.index, root)
 
     # A sum in which all but the root give zero: the op of TensorFlow that broadcasts needs another
@@ -233,6 +238,7 @@ def permute(x: tf.Tensor, axes: Axes, shift: int = 1) -> tf.Tensor:
     if shift % group.size == 0:
         return tf.identity(x)
 
+    x = group.agreed(x)
     return _linear(x, lambda x: group.permute(x, shift), lambda dy: permute(dy, axes, -shift))
 
 
@@ -270,7 +276,7 @@ def reduce_from_axis(x: tf.Tensor, axes: Axes) -> tf.Tensor:
     if group.size == 1:
         return x
 
-    return _linear(x, group.reduce, lambda dy: dy)
+    return _linear(group.agreed(x), group.reduce, lambda dy: dy)
 
 
 def gather_from_axis(x: tf.Tensor, axes: Axes, dim: int = -1) -> tf.Tensor:
@@ -288,6 +294,7 @@ def gather_from_axis(x: tf.Tensor, axes: Axes, dim: int = -1) -> tf.Tensor:
     if group.size == 1:
         return x
 
+    x = group.agreed(x)
     return _linear(x, lambda x: group.gather(x, dim), lambda dy: group.part(dy, dim))
 
 

@@ -13,6 +13,7 @@ import tensorflow as tf
 from llmos_tf.collectives.annotations import Sent
 from llmos_tf.collectives.point_to_point import Edge
 from llmos_tf.graph.outlined_function import NotABlock
+from llmos_tf.mesh import BATCH_AXES
 from llmos_tf.spmd.collective_keys import MAX_INSTANCES
 from llmos_tf.spmd.program import ReplicaProgram, require_program
 
@@ -93,7 +94,7 @@ class Group:
         if x.dtype == tf.bool:
             raise ValueError(f"{self._what} needs numbers. Received: a boolean tensor.")
         sent = _one_length(x)
-        arguments = self._arguments(sent)
+        arguments = self._arguments(sent, "all_reduce")
         with self._sends("all_reduce", x.dtype, x.shape).noted():
             y = tf.raw_ops.CollectiveReduceV2(
                 input=sent, merge_op=merge_op, final_op="Id", **arguments
@@ -118,7 +119,7 @@ class Group:
         # Nor does it know bfloat16; it only moves bits, so another type of 16 bits does as well.
         bits = tf.bitcast(front, tf.float16) if x.dtype == tf.bfloat16 else front
         sent = self._not_empty(_one_length(bits))
-        arguments = self._arguments(sent)
+        arguments = self._arguments(sent, "all_gather")
         sends = self._sends("all_gather", x.dtype, _scaled(front.shape, 0, self.size))
         with contextlib.nullcontext() if ends else sends.noted():
             y = tf.raw_ops.CollectiveGatherV2(input=sent, **arguments)
@@ -163,7 +164,7 @@ class Group:
     def _swap(self, parts: tf.Tensor, sends: Sent) -> tf.Tensor:
         """Sends part j of ``[group, ...]`` to rank j; part j of the result is from rank j."""
         sent = self._not_empty(_one_length(self._in_transport_order(parts), self.size))
-        arguments = self._arguments(sent)
+        arguments = self._arguments(sent, sends.kind)
         with sends.noted():
             y = tf.raw_ops.CollectiveAllToAllV2(input=sent, **arguments)
         return self._in_mesh_order(_unfold(y, parts))
@@ -198,7 +199,7 @@ class Group:
         if self._program.communication == "nccl":
             front = _move_dim(x, dim, 0)
             sent = _one_length(self._in_transport_order(front))
-            arguments = self._arguments(sent)
+            arguments = self._arguments(sent, sends.kind)
             with sends.noted():
                 y = tf.raw_ops.CollectiveReduceScatterV2(
                     input=sent, merge_op="Add", final_op="Id", **arguments
@@ -249,6 +250,31 @@ class Group:
         y = tf.slice(x, tf.stack(begin), tf.stack(size))
         return _with_shape(y, _scaled(x.shape, dim, 1 / self.size))
 
+    def agreed(self, x: tf.Tensor) -> tf.Tensor:
+        """Checks that replicas, which may have unequal numbers of rows, give tensors of one shape.
+
+        TensorFlow would wait for ever, as an op has another key for each length.
+
+        Args:
+            x: the tensor.
+
+        Returns:
+            `x`, or an error where the program runs. What is known is not checked: there is one
+            program. Nor are gradients of weights and what ranks with the same rows exchange.
+        """
+        x, mesh = tf.convert_to_tensor(x), self._program.mesh
+        axes = [axis for axis in self.axes if axis in BATCH_AXES and mesh.axis_size(axis) > 1]
+        if not axes or x.shape.is_fully_defined() or self._program.reduces_gradients:
+            return x
+        shapes = Group(axes, self._what).gather(tf.shape(x)[tf.newaxis], 0)
+        message = (
+            f"{self._what} along {', '.join(self.axes)} needs tensors of one shape. "
+            "Received, from one replica after the other, the shapes:"
+        )
+        same = tf.reduce_all(tf.equal(shapes, shapes[:1]))
+        with tf.control_dependencies([tf.debugging.Assert(same, [message, shapes], summarize=99)]):
+            return tf.identity(x)
+
     def _not_empty(self, x: tf.Tensor) -> tf.Tensor:
         """`x`, or an error: of nothing TensorFlow's CPU kernels divide by zero, and all ends."""
         message = (
@@ -277,9 +303,12 @@ class Group:
     def _sends(self, kind: str, dtype: tf.DType, shape: Iterable[int | None]) -> Sent:
         return Sent.along(self._program, self.axes, kind, dtype, shape)
 
-    def _arguments(self, x: tf.Tensor) -> dict:
+    def _arguments(self, x: tf.Tensor, kind: str) -> dict:
         self._program.communicates = True
+        split = [axis for axis in self.axes if self._program.mesh.axis_size(axis) > 1]
         return {
+            # TensorFlow's errors name the op.
+            "name": f"{kind}_along_{'_'.join(split)}",
             "group_size": self.size,
             "group_key": self._program.group_key(self.axes),
             "instance_key": self._instance_key(x),

@@ -39,6 +39,9 @@ class Edge:
         self._first = program.keys.edge_keys(axes, shift % program.mesh.axis_size(axes))
         self._name = ("sender", *axes, shift)
         self._axes, self._shift = axes, shift
+        split = [axis for axis in axes if program.mesh.axis_size(axis) > 1]
+        # TensorFlow's errors name the op.
+        self._op_name = f"{kind}_along_{'_'.join(split)}"
 
     def send(self, x: tf.Tensor, instance_key: int | tf.Tensor) -> tf.Tensor:
         """Sends `x`.
@@ -61,6 +64,7 @@ class Edge:
                 group_key=group_key,
                 instance_key=instance_key,
                 communication_hint=self._program.communication,
+                name=self._op_name,
             )
 
     def receive(
@@ -84,6 +88,7 @@ class Edge:
             instance_key=instance_key,
             shape=shape,
             communication_hint=self._program.communication,
+            name=self._op_name,
         )
         if x.dtype == dtype:
             return x

@@ -5,6 +5,7 @@ each. Here it is traced once, and one call of the traced function is placed on e
 that device's variable handles, coordinate and rows of the batch as inputs. See docs/adr/0001.
 """
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -14,8 +15,10 @@ from llmos_tf import _internal
 from llmos_tf.collectives import batch
 from llmos_tf.sharding.assignment import average_statistics, check_owner
 from llmos_tf.spmd.program import HOW_TO_TRAIN, ReplicaProgram
+from llmos_tf.strategies.engine.device_calls import DeviceFunction
 from llmos_tf.strategies.engine.graph_edges import Phases
 from llmos_tf.strategies.engine.rows import lend_rows
+from llmos_tf.strategies.engine.workers import StepCounter, require_same_programs
 
 # Functions that were called eagerly, for each strategy. A function that is made anew for each call,
 # as `strategy.reduce(..., axis=0)` does, must not be kept, with all that it refers to, for ever.
@@ -33,6 +36,13 @@ class Engine:
         self._extended = extended
         self._eager_functions: dict[Any, tf.types.experimental.PolymorphicFunction] = {}
         self.num_traces = 0
+        # Where other processes hold some ranks, counts calls for `coordination.watch`.
+        self.steps: StepCounter | None = None
+
+    def count_steps(self) -> StepCounter:
+        """Returns what counts the calls of programs from now on."""
+        self.steps = StepCounter()
+        return self.steps
 
     def run(self, fn: Callable, args: tuple, kwargs: dict) -> Any:
         """Runs `fn` on every local rank.
@@ -77,16 +87,17 @@ class Engine:
         inputs = [[v for v, t in zip(values, is_tensor, strict=True) if t] for values in flat]
         specs = [_common_spec(values) for values in zip(*inputs, strict=True)]
         values = [[own, *tensors] for own, tensors in zip(rows, inputs, strict=True)]
-        results: dict[int, Any] = {}
+        programs: dict[int, Any] = {}
         shared: list[Any] = []
         for positions in extended.collective_keys.each_stage(extended.positions_by_stage):
-            traced = self._trace(fn, positions[0], per_rank[0], is_tensor, lends, specs, shared)
-            phases = Phases.of(traced) if extended.shares_memory else None
-            if phases is not None:
-                results.update(enumerate(self._call_phases(phases, values)))
-                continue
-            for position in positions:
-                results[position] = self._call(traced, position, values[position])
+            stage = extended.stage_of_position(positions[0])
+            programs[stage] = self._trace(
+                fn, positions[0], per_rank[0], is_tensor, lends, specs, shared
+            )
+        if extended.agreement is not None:
+            require_same_programs(extended.agreement, programs)
+        with self.steps.counting() if self.steps is not None else contextlib.nullcontext():
+            results = self._call_all(programs, values)
         first = tuple(results[i] for i in extended.batch_representatives)
         return _internal.regroup(
             tf.nest.map_structure(_without_gradient, first, expand_composites=True)
@@ -168,14 +179,30 @@ class Engine:
         program.update_device = extended.host_of_state
         return program
 
-    def _call(self, concrete: Any, position: int, inputs: list[tf.Tensor]) -> Any:
+    def _call_all(self, programs: dict[int, Any], inputs: list[list[tf.Tensor]]) -> list[Any]:
+        """Places the calls of the programs, by stage, on all local ranks; returns the results."""
+        extended = self._extended
+        phases = Phases.of(programs[0]) if extended.shares_memory else None
+        if phases is not None:
+            return self._call_phases(phases, inputs)
+        functions = {
+            stage: DeviceFunction(concrete, extended.worker_devices)
+            for stage, concrete in programs.items()
+        }
+        return [
+            self._call(functions[extended.stage_of_position(position)], position, mine)
+            for position, mine in enumerate(inputs)
+        ]
+
+    def _call(self, function: DeviceFunction, position: int, inputs: list[tf.Tensor]) -> Any:
         """Places a call of a program on the device of a local rank."""
         extended = self._extended
-        captures = [self._capture_of(tensor, position) for tensor in concrete.captured_inputs]
-        rank = extended.local_ranks[position]
-        with tf.device(extended.worker_devices[position]):
-            coordinate = tf.constant(extended.mesh.coordinates()[rank])
-            return _internal.call_with_captures(concrete, [coordinate, *inputs], captures)
+        captured = function.concrete.captured_inputs
+        captures = [self._capture_of(tensor, position) for tensor in captured]
+        device = extended.worker_devices[position]
+        with tf.device(device):
+            coordinate = tf.constant(extended.mesh.coordinates()[extended.local_ranks[position]])
+        return function([coordinate, *inputs], captures, device)
 
     def _call_phases(self, phases: Phases, inputs: list[list[tf.Tensor]]) -> list[Any]:
         """Places the calls of a program in phases on the devices of all ranks."""

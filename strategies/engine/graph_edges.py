@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from llmos_tf.graph.subgraph import Cut, GraphCuts, Ops
+from llmos_tf.strategies.engine.device_calls import DeviceFunction
 
 # A phase is a function on each device: where there are more, collectives are faster.
 MAX_PHASES = 8
@@ -105,10 +106,11 @@ class Phases:
             captured = captures_of(self._concrete, position)
             mine.update({x.ref(): y for (_, x), y in zip(graph.captures, captured, strict=True)})
         for cut, exchanges in zip(self._cuts, self._exchanges, strict=True):
-            for position, device in enumerate(devices):
+            function = DeviceFunction(cut.concrete, devices)
+            for position, (mine, device) in enumerate(zip(values, devices, strict=True)):
                 captures = captures_of(cut.concrete, position)
-                with tf.device(device):
-                    values[position].update(cut.call(values[position], captures))
+                outputs = function([mine[x.ref()] for x in cut.feeds], captures, device)
+                mine.update({x.ref(): y for x, y in zip(cut.made, outputs or (), strict=True)})
             for number, exchange in enumerate(exchanges):
                 sent = [mine[exchange.sent.ref()] for mine in values]
                 # In turn, so that all devices have some of the work.
@@ -189,13 +191,6 @@ class _Exchange(NamedTuple):
                 return cls(_scatter, op.inputs[0], users[0].outputs[0])
         run = functools.partial(_EXCHANGES[op.type], op)
         return cls(run, op.inputs[0], op.outputs[0])
-
-
-def _adds_rows(op: tf.Operation) -> bool:
-    if op.type != "Sum" or op.get_attr("keep_dims"):
-        return False
-    axis = tf.get_static_value(op.inputs[1])
-    return axis is not None and axis.tolist() in (0, [0])
 
 
 def _reduce(op, sent, devices, turn):

@@ -40,6 +40,9 @@ def make_variable(extended: Any, next_creator: Callable, kwargs: dict[str, Any])
     if is_loaded:
         next_creator, kwargs = _restored_later(next_creator, kwargs)
     initial = _initial_value(kwargs)
+    if extended.agreement is not None and not tf.is_symbolic_tensor(initial):
+        # What was drawn before, or read from a file, may differ between processes.
+        initial = extended.agreement.value_of_chief(initial, path)
     strategy = extended.container_strategy()
 
     host = _host_of(extended, kwargs, beside)

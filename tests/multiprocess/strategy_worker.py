@@ -15,6 +15,7 @@ import faulthandler
 import hashlib
 import json
 import random
+import signal
 import sys
 import tempfile
 import time
@@ -355,14 +356,154 @@ def check_a_mesh_of_another_size():
             assert words in str(error), error
 
 
-CHECKS = {name: value for name, value in globals().items() if name.startswith("check_")}
+def refused(act, *words):
+    try:
+        act()
+    except ValueError as error:
+        assert all(word in str(error) for word in words), error
+    else:
+        raise AssertionError(f"not refused: {words}")
+
+
+def check_unlike_scripts():
+    """Catches workers that train apart, or wait for each other, as their scripts are not alike."""
+    strategy = MultiWorkerMeshStrategy(Mesh(data=4))
+    x, y, _ = features()
+    mine = f"worker {TASK} (localhost:"
+
+    def build(optimizer="sgd", activation="relu", loss="mse"):
+        with strategy.scope():
+            model = keras.Sequential(
+                [keras.Input([6]), keras.layers.Dense(4, activation), keras.layers.Dense(3)]
+            )
+            model.compile(optimizer, loss)
+        return model
+
+    def fit(model, rows=ROWS, batch_size=4, **options):
+        return model.fit(x[:rows], y[:rows], batch_size, verbose=0, **options)
+
+    if TASK == 1:
+        keras.layers.Dense(3).build([None, 3])
+        np.random.random()
+    model = build()
+    found = b"".join(np.ascontiguousarray(value).tobytes() for value in model.get_weights())
+    strategy.agreement.require_same("weights", hashlib.md5(found).hexdigest())
+    other = TASK == 1
+    refused(lambda: fit(model, rows=ROWS - 4 * other), mine, "x, rows: worker 0 (localhost:")
+    refused(lambda: fit(model, batch_size=4 + other), "batch_size: worker 0", ": 5")
+    refused(lambda: fit(model, steps_per_epoch=2 + other), "steps_per_epoch: worker 0", ": 3")
+    refused(lambda: model.predict(x[: 4 + other], verbose=0), "x, rows", "arguments of predict")
+    refused(lambda: fit(build(["sgd", "adam"][other])), "optimizer: worker 0", ": Adam")
+    refused(lambda: fit(build(activation=["relu", "tanh"][other])), "activation: worker 0", "tanh")
+    refused(lambda: fit(build(loss=["mse", "mae"][other])), "loss: worker 0", "mae")
+    program = tf.function(lambda: strategy.run(lambda: [tf.exp, tf.math.log][TASK](1.0)))
+    refused(program, "traced program", "Exp T=float", "Log T=float")
+    # Nothing of it is left.
+    fit(model)
+
+
+def check_one_that_stops():
+    """Catches a worker that stops alone, or one that stops at another step than the others."""
+    strategy = MultiWorkerMeshStrategy(Mesh(data=4))
+    x, y, _ = features()
+    with strategy.scope():
+        model = build_mlp(sgd())
+    stops = []
+
+    class Stop(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            if "batch" in stops and int(model.optimizer.iterations) % 3 == 1:
+                model.stop_training = True
+
+        def on_epoch_end(self, epoch, logs=None):
+            if "epoch" in stops and epoch == 1:
+                model.stop_training = True
+            if "sigterm" in stops and epoch == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    def fit(*more):
+        return model.fit(x, y, 4, 9, shuffle=False, verbose=0, callbacks=[*more, Stop()])
+
+    # In all at the same step: as on one device.
+    stops[:] = ["batch"]
+    fit()
+    assert int(model.optimizer.iterations) == 1
+    stops[:] = ["batch"] * (TASK == 1)
+    fit()
+    steps = int(model.optimizer.iterations)
+    assert steps in (4, 5)
+    strategy.agreement.require_same("steps", str(steps))
+    stops[:] = ["epoch"] * (TASK == 1)
+    assert len(fit().history["loss"]) == 2
+    stops[:] = ["sigterm"] * (TASK == 0)
+    try:
+        fit(keras.callbacks.BackupAndRestore(FOLDER / "sigterm"))
+        raise AssertionError("went on")
+    except SystemExit as end:
+        assert end.code == 128 + signal.SIGTERM
+    assert (FOLDER / "sigterm" / "latest.weights.h5").exists()
+
+
+def check_a_layout_map():
+    """Catches options that are compared by the addresses of objects."""
+    mesh = keras.distribution.DeviceMesh((1, 4), ("batch", "model"), ["cpu:0"] * 4)
+    layouts = keras.distribution.LayoutMap(mesh)
+    layouts[".*hidden/kernel"] = (None, "model")
+    MultiWorkerMeshStrategy(Mesh(tensor=4), layout_map=layouts)
+
+
+def alone_a_worker_that_does_not_come():
+    """Catches a worker that waits for ever for one that has less data."""
+    strategy = MultiWorkerMeshStrategy(Mesh(data=4), collective_timeout=15)
+    x, y, _ = features()
+    with strategy.scope():
+        model = build_mlp(sgd())
+    # Nobody knows how many there are.
+    rows = tf.data.Dataset.from_tensor_slices((x[:4], y[:4])).repeat(40 if TASK == 0 else 20)
+    try:
+        model.fit(rows.filter(lambda a, b: True).batch(4), verbose=0)
+        raise AssertionError("trained")
+    except (tf.errors.DeadlineExceededError, TimeoutError) as error:
+        text = str(error)
+    if TASK == 0:
+        assert "worker 1 (localhost:" in text, text
+        assert "all_reduce_along_data" in text, text
+
+
+def alone_a_step_that_fails():
+    """Catches a worker that does not say why another one has failed, or says it late."""
+    strategy = MultiWorkerMeshStrategy(Mesh(data=4))
+    x, y, _ = features()
+    x[7] = 1e6  # The last row of the second batch, which worker 1 has.
+
+    class Check(keras.layers.Layer):
+        def call(self, x):
+            check = tf.debugging.assert_less(x, tf.cast(100, x.dtype), "bad row")
+            with tf.control_dependencies([check]):
+                return tf.identity(x)
+
+    with strategy.scope():
+        model = keras.Sequential([Check(), keras.layers.Dense(3)])
+        model.compile("sgd", "mse")
+    try:
+        model.fit(x, y, 4, shuffle=False, verbose=0)
+        raise AssertionError("trained")
+    except tf.errors.OpError as error:
+        text = str(error)
+    assert "bad row" in text, text
+    assert TASK == 1 or "worker 1 (localhost:" in text, text
+
+
+# Those that begin with "alone_" leave processes that TensorFlow runs no collective in again.
+PREFIXES = ("check_", "alone_")
+CHECKS = {name: value for name, value in globals().items() if name.startswith(PREFIXES)}
 
 
 def main(names):
     devices.configure_virtual_cpus(2)
     keras.config.set_floatx("float64")
     keras.config.set_dtype_policy("float64")
-    for name in names or CHECKS:
+    for name in names or [name for name in CHECKS if name.startswith("check_")]:
         started = time.monotonic()
         CHECKS[name]()
         print(f"passed {name}\n{time.monotonic() - started:.1f} s", flush=True)

@@ -140,3 +140,12 @@ def test_two_processes(outputs_of, worker, check):
     outputs = outputs_of(worker, (worker, check) in NIGHTLY)
     for text in outputs:
         assert f"passed {check}\n" in text, "\n".join(outputs)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("check", ["alone_a_worker_that_does_not_come", "alone_a_step_that_fails"])
+def test_what_ends_the_collectives(tmp_path_factory, check):
+    """Catches what the check says, in two processes of its own."""
+    outputs = run_with_free_ports("strategy_worker.py", [check], tmp_path_factory)
+    for text in outputs:
+        assert f"passed {check}\n" in text, "\n".join(outputs)

@@ -1,12 +1,16 @@
 """Functions that a strategy runs, and reducing and gathering what they return."""
 
 import functools
+import re
+import threading
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 from small_strategies import MESHES, context, local, per_replica, replica_id, strategy_of
+
+from llmos_tf import collectives
 
 pytestmark = [pytest.mark.fast, pytest.mark.graph_optimizer]
 
@@ -254,16 +258,104 @@ def test_programs_are_called_with_fewer_passes(mesh):
         outside = tf.function(tf.function(lambda: tf.constant(1.0))).get_concrete_function().graph
     finally:
         tf.config.optimizer.set_experimental_options({"remapping": True, **before})
-    calls = [op for op in graph.get_operations() if "PartitionedCall" in op.type]
+    calls = [op for op in graph.get_operations() if op.type == "RemoteCall"]
     assert len(calls) == 2
-    for op in calls:
+    functions = {f.signature.name: f for f in graph.as_graph_def().library.function}
+    for call in calls:
+        (op,) = (
+            node
+            for node in functions[call.get_attr("f").name].node_def
+            if "PartitionedCall" in node.op
+        )
         options = _optimizer_options(op)
         assert options.disable_tfg_optimizer
         assert options.remapping == options.OFF
     (other,) = [op for op in outside.get_operations() if "PartitionedCall" in op.type]
-    assert not _optimizer_options(other).disable_tfg_optimizer
+    assert not _optimizer_options(other.node_def).disable_tfg_optimizer
 
 
-def _optimizer_options(op):
-    config = tf.compat.v1.ConfigProto.FromString(op.get_attr("config_proto"))
+def _optimizer_options(node):
+    config = tf.compat.v1.ConfigProto.FromString(node.attr["config_proto"].s)
     return config.graph_options.rewrite_options
+
+
+# --- what fails on one replica --------------------------------------------------------------------
+
+
+def _refuse(x):
+    if x > 2:
+        raise ValueError("too large")
+    return x
+
+
+# The check of a user, and a text of its error.
+CHECKS = {
+    "assertion": (lambda x: tf.debugging.assert_less(x, 2.5, message="bad row"), "bad row"),
+    "numbers": (
+        lambda x: tf.debugging.check_numerics(tf.where(x > 2, np.nan, x), "bad"),
+        "bad.*NaN",
+    ),
+    "Python": (lambda x: tf.py_function(_refuse, [x], x.dtype), "too large"),
+}
+
+
+@pytest.mark.parametrize("mesh", ["data4", "data2-fsdp2-tensor2"])
+def test_an_error_of_one_replica_is_raised(mesh):
+    """Fails if what waits for the replica that failed is raised in place of its error: on any
+    replica, before or after the replicas have communicated."""
+    strategy = strategy_of(mesh)
+
+    def fn(x, name, late):
+        seen = x + 0.0 * context().all_reduce("SUM", x) if late else x
+        with tf.control_dependencies([CHECKS[name][0](seen)]):
+            return x + context().all_reduce("SUM", tf.identity(seen))
+
+    @tf.function(autograph=False)
+    def step(x, name, late):
+        return strategy.reduce("SUM", strategy.run(fn, (x, name, late)), axis=None)
+
+    for name, late in (("assertion", False), ("numbers", True), ("Python", True)):
+        # TensorFlow can use no collective of this process again that fails when it is first run.
+        step(per_replica(strategy, lambda i: 1.0), name, late)
+        for failing in range(4):
+            values = per_replica(strategy, lambda i, failing=failing: 3.0 if i == failing else 1.0)
+            with pytest.raises(tf.errors.OpError, match=CHECKS[name][1]):
+                step(values, name, late)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: context().all_gather(x, axis=0),
+        lambda x: collectives.all_reduce(x, "data"),
+        lambda x: collectives.reduce_scatter(x, ("data", "fsdp")),
+        lambda x: collectives.all_to_all(x, ("data", "tensor")),
+        lambda x: collectives.broadcast(x, "fsdp"),
+        lambda x: collectives.permute(x, "data"),
+    ],
+)
+def test_unlike_shapes_are_an_error(call):
+    """Fails if replicas wait for ever for each other's tensors of other shapes."""
+    strategy = strategy_of("data2-fsdp2-tensor2")
+    errors = []
+
+    def fn(length):
+        return call(tf.ones([4, length]))
+
+    def run(lengths):
+        strategy.run(fn, (per_replica(strategy, lambda i: lengths[i]),))
+
+    def wait():
+        try:
+            run([1, 2, 3, 4])
+        except tf.errors.InvalidArgumentError as error:
+            errors.append(str(error))
+
+    run([1, 1, 1, 1])
+    # Not in this thread, which could not end.
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    thread.join(60)
+    assert not thread.is_alive()
+    assert "needs tensors of one shape" in errors[0]
+    assert re.search(r"\[4 [1-3]\]", errors[0])
