@@ -15,7 +15,6 @@ from tensorflow.python.eager.polymorphic_function import attributes as function_
 
 # Which captured resources a function only reads: what it writes orders the calls of it.
 from tensorflow.python.framework.auto_control_deps_utils import (
-    READ_ONLY_RESOURCE_INPUTS_ATTR,
     get_read_only_resource_input_indices_graph,
     register_read_only_resource_op,
 )
@@ -36,7 +35,6 @@ __all__ = [
     "graph_of_function",
     "keep_gradients_with",
     "op_attribute",
-    "reads_of",
     "replace_input",
     "specs_of_traces",
     "traced_functions",
@@ -179,24 +177,6 @@ def unspecialized() -> contextlib.AbstractContextManager:
     return patched(
         {(function_attributes, name): lambda known: known | {"_nospecialize"} for name in lists}
     )
-
-
-def reads_of(concrete: Any, graph: Any, first: int) -> contextlib.AbstractContextManager:
-    """Notes on the ops that call a function in a graph which resources it only reads.
-
-    TensorFlow does so for its own calls, and runs ops that write to one resource in turn.
-
-    Args:
-        concrete: the function.
-        graph: where the ops are made.
-        first: number of inputs of the op before those of the function.
-
-    Returns:
-        The context in which the ops are made.
-    """
-    reads = get_read_only_resource_input_indices_graph(concrete.graph)
-    indices = tf.compat.v1.AttrValue.ListValue(i=[first + i for i in reads])
-    return graph._attr_scope({READ_ONLY_RESOURCE_INPUTS_ATTR: tf.compat.v1.AttrValue(list=indices)})
 
 
 @contextlib.contextmanager

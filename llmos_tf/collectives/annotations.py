@@ -153,18 +153,6 @@ def noted_branches(counts: Sequence[int]) -> AbstractContextManager:
     return _noting({"branches": list(counts)})
 
 
-def noted_device(device: str) -> AbstractContextManager:
-    """Returns the context in which an op is made that calls a program on another device.
-
-    Args:
-        device: that runs the program, its full name.
-
-    Returns:
-        The context.
-    """
-    return _noting({"device": device})
-
-
 def sent_by(node: Any) -> Sent | None:
     """Returns what a node of a function sends.
 
@@ -202,18 +190,6 @@ def branches_of(node: Any) -> list[int] | None:
         A number for each branch.
     """
     return _note(node).get("branches")
-
-
-def called_device(node: Any) -> str:
-    """Returns the device on which a node calls a function.
-
-    Args:
-        node: a `NodeDef`.
-
-    Returns:
-        What was noted; else the device of the node, which may be none.
-    """
-    return _note(node).get("device", node.device)
 
 
 def _noting(note: dict[str, Any]) -> AbstractContextManager:

@@ -7,7 +7,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from llmos_tf.collectives.annotations import Sent, branches_of, called_device, sent_by, turns_of
+from llmos_tf.collectives.annotations import Sent, branches_of, sent_by, turns_of
 from llmos_tf.graph.trip_count import LOOPS, LoopTurns, ancestors
 
 # How often each collective runs. Fractions, as a branch may be taken in some turns of a loop.
@@ -52,7 +52,7 @@ class TracedFunctions:
         found: dict[str, Tally] = {}
         for node in _live_nodes(function):
             callees = [self._functions[name] for name in _called(node) if name in self._functions]
-            device = devices.get(_canonical(called_device(node))) if callees else None
+            device = devices.get(_canonical(node.device)) if callees else None
             if device is not None:
                 found[device] = _sum([found.get(device, Tally()), self._of_node(function, node)])
                 continue

@@ -171,7 +171,7 @@ class Cut:
     ):
         self.concrete = concrete
         self.feeds = list(feeds)
-        self.made = list(made)
+        self._made = list(made)
         self.fetches = list(fetches)
 
     def __call__(self, values: Mapping) -> list[tf.Tensor]:
@@ -184,8 +184,24 @@ class Cut:
             The values of `fetches`.
         """
         known = dict(values)
-        if self.made:
+        if self._made:
             inputs = [known[x.ref()] for x in self.feeds]
             outputs = _internal.call_with_captures(self.concrete, inputs, [])
-            known.update({x.ref(): y for x, y in zip(self.made, outputs, strict=True)})
+            known.update({x.ref(): y for x, y in zip(self._made, outputs, strict=True)})
         return [known[x.ref()] for x in self.fetches]
+
+    def call(self, values: Mapping, captures: list[tf.Tensor]) -> dict:
+        """Calls the function for what it does and makes, with other captures than its own.
+
+        Args:
+            values: of tensors of the graph, by their `ref()`; at least of `feeds`.
+            captures: in the order of those of `concrete`.
+
+        Returns:
+            The values of what it makes, by `ref()`.
+        """
+        inputs = [values[x.ref()] for x in self.feeds]
+        outputs = _internal.call_with_captures(self.concrete, inputs, captures)
+        if not self._made:
+            return {}
+        return {x.ref(): y for x, y in zip(self._made, outputs, strict=True)}

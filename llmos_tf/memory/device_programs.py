@@ -9,11 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from llmos_tf import _internal
-from llmos_tf.collectives.annotations import called_device, sending
-
-_CALLS = ("PartitionedCall", "StatefulPartitionedCall")
-# How `strategies.engine.device_calls` calls a program on a CPU device.
-_REMOTE = "RemoteCall"
+from llmos_tf.collectives.annotations import sending
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +87,12 @@ def device_programs(concrete: Any, trained: Iterable[tf.Variable]) -> list[Devic
     inside = {x.ref() for outer, x in graph.captures if id(outer) in handles}
     captured = {x.ref() for _, x in graph.captures}
     data = [x for x in graph.inputs if x.ref() not in captured]
-    calls = _calls_on_devices(graph)
+    calls: dict[str, list[tf.Operation]] = {}
+    for op in graph.get_operations():
+        if op.type in ("PartitionedCall", "StatefulPartitionedCall") and op.device:
+            name = op.get_attr("f").name
+            if _internal.attributes_of_function(graph, name)["_noinline"].b:
+                calls.setdefault(name, []).append(op)
     if not calls:
         return [
             DeviceProgram(
@@ -102,36 +103,15 @@ def device_programs(concrete: Any, trained: Iterable[tf.Variable]) -> list[Devic
             )
         ]
     of_batch = _computed_of(graph, data)
-    programs = []
-    for name, ops in calls.items():
-        function = _internal.graph_of_function(graph, name)
-        inputs = ops[0].inputs
-        if ops[0].type == _REMOTE:
-            # Its function gets all inputs but the name of the device, and hands them on.
-            inputs = inputs[1:]
-            (call,) = (op for op in function.get_operations() if op.type in _CALLS)
-            function = _internal.graph_of_function(function, call.get_attr("f").name)
-        programs.append(
-            DeviceProgram(
-                graph=function,
-                devices=tuple(called_device(op.node_def) for op in ops),
-                data=_places(inputs, of_batch),
-                trained=_places(inputs, inside),
-            )
+    return [
+        DeviceProgram(
+            graph=_internal.graph_of_function(graph, name),
+            devices=tuple(op.device for op in ops),
+            data=_places(ops[0].inputs, of_batch),
+            trained=_places(ops[0].inputs, inside),
         )
-    return programs
-
-
-def _calls_on_devices(graph: tf.Graph) -> dict[str, list[tf.Operation]]:
-    """The ops that call a program on a device, by the name of the function."""
-    calls: dict[str, list[tf.Operation]] = {}
-    for op in graph.get_operations():
-        if op.type not in (*_CALLS, _REMOTE) or not op.device:
-            continue
-        name = op.get_attr("f").name
-        if op.type == _REMOTE or _internal.attributes_of_function(graph, name)["_noinline"].b:
-            calls.setdefault(name, []).append(op)
-    return calls
+        for name, ops in calls.items()
+    ]
 
 
 def _places(tensors: Iterable[tf.Tensor], wanted: set) -> tuple[int, ...]:

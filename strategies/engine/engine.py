@@ -15,7 +15,6 @@ from llmos_tf import _internal
 from llmos_tf.collectives import batch
 from llmos_tf.sharding.assignment import average_statistics, check_owner
 from llmos_tf.spmd.program import HOW_TO_TRAIN, ReplicaProgram
-from llmos_tf.strategies.engine.device_calls import DeviceFunction
 from llmos_tf.strategies.engine.graph_edges import Phases
 from llmos_tf.strategies.engine.rows import lend_rows
 from llmos_tf.strategies.engine.workers import StepCounter, require_same_programs
@@ -185,24 +184,19 @@ class Engine:
         phases = Phases.of(programs[0]) if extended.shares_memory else None
         if phases is not None:
             return self._call_phases(phases, inputs)
-        functions = {
-            stage: DeviceFunction(concrete, extended.worker_devices)
-            for stage, concrete in programs.items()
-        }
         return [
-            self._call(functions[extended.stage_of_position(position)], position, mine)
+            self._call(programs[extended.stage_of_position(position)], position, mine)
             for position, mine in enumerate(inputs)
         ]
 
-    def _call(self, function: DeviceFunction, position: int, inputs: list[tf.Tensor]) -> Any:
+    def _call(self, concrete: Any, position: int, inputs: list[tf.Tensor]) -> Any:
         """Places a call of a program on the device of a local rank."""
         extended = self._extended
-        captured = function.concrete.captured_inputs
-        captures = [self._capture_of(tensor, position) for tensor in captured]
-        device = extended.worker_devices[position]
-        with tf.device(device):
-            coordinate = tf.constant(extended.mesh.coordinates()[extended.local_ranks[position]])
-        return function([coordinate, *inputs], captures, device)
+        captures = [self._capture_of(tensor, position) for tensor in concrete.captured_inputs]
+        rank = extended.local_ranks[position]
+        with tf.device(extended.worker_devices[position]):
+            coordinate = tf.constant(extended.mesh.coordinates()[rank])
+            return _internal.call_with_captures(concrete, [coordinate, *inputs], captures)
 
     def _call_phases(self, phases: Phases, inputs: list[list[tf.Tensor]]) -> list[Any]:
         """Places the calls of a program in phases on the devices of all ranks."""

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from llmos_tf.graph.subgraph import Cut, GraphCuts, Ops
-from llmos_tf.strategies.engine.device_calls import DeviceFunction
 
 # A phase is a function on each device: where there are more, collectives are faster.
 MAX_PHASES = 8
@@ -106,11 +105,10 @@ class Phases:
             captured = captures_of(self._concrete, position)
             mine.update({x.ref(): y for (_, x), y in zip(graph.captures, captured, strict=True)})
         for cut, exchanges in zip(self._cuts, self._exchanges, strict=True):
-            function = DeviceFunction(cut.concrete, devices)
-            for position, (mine, device) in enumerate(zip(values, devices, strict=True)):
+            for position, device in enumerate(devices):
                 captures = captures_of(cut.concrete, position)
-                outputs = function([mine[x.ref()] for x in cut.feeds], captures, device)
-                mine.update({x.ref(): y for x, y in zip(cut.made, outputs or (), strict=True)})
+                with tf.device(device):
+                    values[position].update(cut.call(values[position], captures))
             for number, exchange in enumerate(exchanges):
                 sent = [mine[exchange.sent.ref()] for mine in values]
                 # In turn, so that all devices have some of the work.

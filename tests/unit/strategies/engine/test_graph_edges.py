@@ -28,13 +28,12 @@ def _run(strategy, function):
         lambda: strategy.experimental_local_results(strategy.run(function)), autograph=False
     )
     graph = step.get_concrete_function().graph
-    functions = {f.signature.name: f for f in graph.as_graph_def().library.function}
-    callers = {op.get_attr("f").name for op in graph.get_operations() if op.type == "RemoteCall"}
-    called = {node.attr["f"].func.name for name in callers for node in functions[name].node_def}
+    called = {op.get_attr("f").name for op in graph.get_operations() if "Call" in op.type}
     left = {
         node.op
-        for name in called & functions.keys()
-        for node in functions[name].node_def
+        for function in graph.as_graph_def().library.function
+        if function.signature.name in called
+        for node in function.node_def
         if node.op.startswith("Collective")
     }
     return np.stack([x.numpy() for x in step()]), left
