@@ -43,7 +43,7 @@ BUDGETS: dict[str, dict[str, float]] = {
         "tests/unit/training": 40,
     },
     "nightly": {
-        "tests/equivalence": 2000,
+        "tests/equivalence": 1200,
         "tests/integration": 2600,
         "tests/multiprocess": 260,
         "tests/repo": 1200,
