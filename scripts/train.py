@@ -14,6 +14,7 @@ continues the newest run in llmos_runs/. Mesh, --steps and --learning_rate may c
 is no longer bit for bit the one that was interrupted. Text, model and batch may not.
 """
 
+from llmos_tf.scripts.options import OF_THE_MESH
 from llmos_tf.scripts.program import Program
 from llmos_tf.scripts.settings import train_options
 
@@ -22,17 +23,7 @@ PROGRAM = Program(
     flags=(
         "preset",
         "mesh",
-        "zero_stage",
-        "sequence_parallel",
-        "microbatches",
-        "schedule",
-        "num_chunks",
-        "context_method",
-        "gradient_compression",
-        "rematerialise",
-        "offload",
-        "reshard_after_forward",
-        "virtual_devices",
+        *OF_THE_MESH,
         "global_batch",
         "seq_len",
         "steps",

@@ -11,7 +11,7 @@ from llmos_tf import _internal, collectives
 from llmos_tf.collectives import batch
 from llmos_tf.sharding.assignment import WrittenByParts, average_statistics, check_owner
 from llmos_tf.sharding.layout import Layout
-from llmos_tf.spmd.program import current_program
+from llmos_tf.spmd.program import HOW_TO_TRAIN, current_program
 
 
 class ShardedVariable(WrittenByParts, _internal.MirroredVariable):
@@ -425,8 +425,7 @@ def _without_gradient(full: tf.Tensor, path: str) -> tf.Tensor:
     return tf.raw_ops.PreventGradient(
         input=full,
         message=f"The variable {path} is cut over the mesh, and its gradient was asked for outside "
-        "of strategy.run. Use llmos_tf.training.make_train_step, or the GradientTape inside of the "
-        "function that strategy.run calls.",
+        f"of strategy.run. {HOW_TO_TRAIN}",
     )
 
 
