@@ -117,14 +117,14 @@ def largest_values(program: ReplicaProgram, values: Sequence[tf.Tensor]) -> list
     axes = [axis for axis, size in program.mesh.sizes.items() if size > 1 and axis != "pipe"]
     for dtype in sorted({value.dtype for value in values}, key=str):
         members = [i for i, value in enumerate(values) if value.dtype == dtype]
-        flat = tf.concat([tf.reshape(values[i], [-1]) for i in members], 0)
+        mine = [values[i] for i in members]
+        flat = packed(mine)
         if program.rows is not None:
             # A row that was lent does not count.
             flat = tf.where(program.rows > 0, flat, tf.fill(tf.shape(flat), dtype.min))
         flat = collectives.all_reduce(flat, axes, op="max")
-        lengths = [values[i].shape.num_elements() for i in members]
-        for i, part in zip(members, tf.split(flat, lengths), strict=True):
-            results[i] = tf.reshape(part, values[i].shape)
+        for i, value in zip(members, unpacked(flat, mine), strict=True):
+            results[i] = value
     return results
 
 
