@@ -15,6 +15,7 @@ import keras
 import tensorflow as tf
 
 from llmos_tf import _internal
+from llmos_tf.graph.errors import trace_for_devices
 from llmos_tf.graph.subgraph import GraphCuts
 from llmos_tf.spmd.program import ReplicaProgram
 
@@ -191,17 +192,16 @@ class Block:
             state = [value for _, value in self._written.values()]
             return [*self._outputs.tensors, *(loss for *_, loss in self._losses), *state]
 
-        options = (
-            {"jit_compile": True}
-            if self.compiled
-            else {"experimental_attributes": {"_noinline": True}}
-        )
         specs = [tf.TensorSpec(tensor.shape, tensor.dtype) for tensor in self.inputs]
+        specs = [tf.TensorSpec([], tf.int32), *specs]
         try:
-            # Not inlined: the graph optimizer would find the same ops twice and keep the results.
-            concrete = tf.function(body, autograph=False, **options).get_concrete_function(
-                tf.TensorSpec([], tf.int32), *specs
-            )
+            if self.compiled:
+                traced = tf.function(body, autograph=False, jit_compile=True)
+                concrete = traced.get_concrete_function(*specs)
+            else:
+                # Not inlined: the graph optimizer would find the same ops twice and keep the
+                # results.
+                concrete = trace_for_devices(body, specs, _noinline=True)
             _internal.keep_gradients_with(concrete.graph)
             return concrete
         except NotABlock:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import tensorflow as tf
 
 from llmos_tf import _internal
+from llmos_tf.graph.errors import trace_for_devices
 
 Ops = frozenset[str]
 
@@ -115,6 +116,9 @@ class GraphCuts:
         def body(*values):
             _internal.add_functions(self._graph, tf.compat.v1.get_default_graph())
             given = {x.name: value for x, value in zip(taken, values, strict=True)}
+            for x in taken:
+                # Of a tensor list.
+                _internal.copy_handle_data(x, given[x.name])
             capture = tf.compat.v1.get_default_graph().capture
             given |= {name: capture(tensor) for name, tensor in captured.items()}
             return tf.compat.v1.import_graph_def(
@@ -122,8 +126,8 @@ class GraphCuts:
             )
 
         # Not inlined: it is called for each microbatch, and optimized once.
-        traced = tf.function(body, autograph=False, experimental_attributes={"_noinline": True})
-        concrete = traced.get_concrete_function(*[tf.TensorSpec(x.shape, x.dtype) for x in taken])
+        specs = [tf.TensorSpec(x.shape, x.dtype) for x in taken]
+        concrete = trace_for_devices(body, specs, taken, _noinline=True)
         return Cut(concrete, taken, made, fetches)
 
     def _definition_of(self, names: Ops, made: set[str]) -> tf.compat.v1.GraphDef:

@@ -81,7 +81,9 @@ class StageRun:
         """Does all that the schedule says of this stage; the forward part of it without a seed."""
         # After whatever has communicated before. Read once, before the first loop: the loop that
         # computes uses the token, so that what reads it later waits for that loop.
-        self._program.require([])
+        cleared = [op for queue in self._queues() for op in queue.clear()]
+        with tf.control_dependencies(cleared):
+            self._program.require([])
         zero = self._program.zero_after_required()
         self._add_totals(zero)
         carried = [*(before for part in self.parts.values() for before, _ in part.sums)]
@@ -247,6 +249,14 @@ class StageRun:
 
     # --- queues -----------------------------------------------------------------------------------
 
+    def _queues(self) -> list[Queue]:
+        queues = self._transport.queues()
+        for number, part in self.parts.items():
+            queues.append(self._queue("kept", number, part.kept))
+            queues.append(self._queue("handed_on", number, part.handed_on))
+            queues += [self._results(x) for x in self._rows_of(part)]
+        return queues + [self._results(x) for x in self._step.kept_outputs]
+
     def _queue(self, kind: str, number: int, like: Sequence[tf.Tensor]) -> Queue:
         return Queue(f"{self._name}_{kind}_{number}", like)
 
@@ -258,7 +268,10 @@ class StageRun:
 
     def _keep_rows(self, part: Part, known: Values) -> list[tf.Operation]:
         """Keeps sparse gradients, which are put together at the end."""
-        return self._keep([x for rows in part.rows for x in (rows.values, rows.indices)], known)
+        return self._keep(self._rows_of(part), known)
+
+    def _rows_of(self, part: Part) -> list[tf.Tensor]:
+        return [x for rows in part.rows for x in (rows.values, rows.indices)]
 
     def _is_last(self, number: int) -> bool:
         return number == self._schedule.num_parts - 1

@@ -6,6 +6,7 @@ import tensorflow as tf
 
 from llmos_tf import _internal
 from llmos_tf.collectives.annotations import noted_turns
+from llmos_tf.graph.errors import trace_for_devices
 
 
 def repeat(
@@ -30,11 +31,9 @@ def repeat(
         variables after the last turn.
     """
     start = [zero, *variables]
-    specs = [tf.TensorSpec(x.shape, x.dtype) for x in start]
-    turn = _traced(lambda i, *values: [i + 1, *body(i, *values)], specs)
+    turn = _traced(lambda i, *values: [i + 1, *body(i, *values)], start)
     captured = list(turn.captured_inputs)
     everything = [*start, *captured]
-    specs += [tf.TensorSpec(x.shape, x.dtype) for x in captured]
 
     def turn_with_captures(*values):
         mine, theirs = list(values[: len(start)]), list(values[len(start) :])
@@ -44,8 +43,8 @@ def repeat(
     with noted_turns(count):
         results = tf.raw_ops.StatelessWhile(
             input=everything,
-            cond=_traced(lambda i, *values: i < count, specs),
-            body=_traced(turn_with_captures, specs),
+            cond=_traced(lambda i, *values: i < count, everything),
+            body=_traced(turn_with_captures, everything),
             output_shapes=[x.shape for x in everything],
         )
     for x, y in zip(everything, results, strict=True):
@@ -54,9 +53,10 @@ def repeat(
 
 
 def _traced(
-    function: Callable, specs: Sequence[tf.TensorSpec]
+    function: Callable, values: Sequence[tf.Tensor]
 ) -> tf.types.experimental.ConcreteFunction:
-    return tf.function(function, autograph=False).get_concrete_function(*specs)
+    specs = [tf.TensorSpec(x.shape, x.dtype) for x in values]
+    return trace_for_devices(function, specs, values)
 
 
 class Queue:
@@ -99,6 +99,17 @@ class Queue:
         for x, value in zip(self._like, values, strict=True):
             value.set_shape(x.shape)
         return list(values)
+
+    def clear(self) -> list[tf.Operation]:
+        """Removes all elements, such as those that a failed step did not take.
+
+        Returns:
+            The op, which must run before any user; none where an element has no components.
+        """
+        if not self._like:
+            return []
+        # The next user creates a new queue.
+        return [tf.raw_ops.DestroyResourceOp(resource=self._handle())]
 
     def _handle(self) -> tf.Tensor:
         # A handle of each user's own: by a common one TensorFlow would put the users in a row.

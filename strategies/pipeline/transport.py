@@ -76,6 +76,20 @@ class Transport:
         values = self._queue("in", direction, cut, messages).take()
         return {m.received.ref(): x for m, x in zip(messages, values, strict=True)}
 
+    def queues(self) -> list[Queue]:
+        """Returns the queues of this stage."""
+        queues = []
+        for (direction, cut), messages in self._messages.items():
+            stages = [self._schedule.stage_of_part(part) for part in (cut - 1, cut) if part >= 0]
+            source, target = (
+                (stages[0], stages[-1]) if direction == "F" else (stages[-1], stages[0])
+            )
+            if self._program.stage == target:
+                queues.append(self._queue("in", direction, cut, messages))
+            elif self._program.stage == source:
+                queues.append(self._queue("out", direction, cut, messages))
+        return queues
+
     def run(self, zero: tf.Tensor) -> list[tf.Tensor]:
         """Sends and receives until everything has come and gone.
 
