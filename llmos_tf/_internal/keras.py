@@ -54,6 +54,7 @@ __all__ = [
     "keras_random_seed",
     "legacy_h5_format",
     "model_of_predict_step",
+    "name_of_step",
     "save_backup",
     "saving_lib",
     "specs_of_train_function",
@@ -78,6 +79,15 @@ def is_keras_predict_step(fn: Any) -> bool:
         fn = fn.__wrapped__
     name = getattr(fn, "__qualname__", "")
     return name == "TensorFlowTrainer.make_predict_function.<locals>.one_step_on_data"
+
+
+def name_of_step(fn: Any) -> str:
+    """Returns the name of a replica function: of a model's step "train_step" and the like."""
+    if is_keras_predict_step(fn):
+        return "predict_step"
+    while hasattr(fn, "__wrapped__"):
+        fn = fn.__wrapped__
+    return getattr(fn, "__name__", type(fn).__name__)
 
 
 def model_of_predict_step(fn: Any) -> Any:

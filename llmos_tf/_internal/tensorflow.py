@@ -40,7 +40,8 @@ from tensorflow.python.framework.composite_tensor import CompositeTensor
 
 # `tf.Variable` goes through the creators of the scope that is entered, and makes a variable of the
 # mesh there; an exported model has plain ones.
-from tensorflow.python.ops.resource_variable_ops import ResourceVariable
+# A variable that has a handle and no memory stands for one of the mesh in a trace for one device.
+from tensorflow.python.ops.resource_variable_ops import ResourceVariable, UninitializedVariable
 from tensorflow.python.types.distribute import (
     DistributedDatasetInterface,
     DistributedIteratorInterface,
@@ -61,8 +62,10 @@ __all__ = [
     "SyncOnReadVariable",
     "connected_cluster",
     "could_possibly_record",
+    "default_strategy",
     "eager_context",
     "in_synced_reads",
+    "is_without_memory",
     "lost_workers",
     "op_seeds",
     "regroup",
@@ -71,6 +74,7 @@ __all__ = [
     "select_replica",
     "stop_recording",
     "synced_reads",
+    "variable_without_memory",
 ]
 
 # `fit` knows a distributed dataset by the name and the module of one of its base classes.
@@ -91,6 +95,27 @@ in_synced_reads = distribute_lib.in_variable_sync_on_read_context
 # a cluster needs the same integers in the same order everywhere. Every strategy takes a block of
 # its own, so that two strategies of one process never meet (DESIGN: fact 9).
 _COLLECTIVE_KEY_BLOCKS = itertools.count(1 << 18, 1 << 18)
+
+
+def default_strategy() -> Any:
+    """Returns the strategy of code that is under no strategy's scope, which has no public name."""
+    return distribute_lib._get_default_strategy()
+
+
+def variable_without_memory(like: tf.Variable) -> tf.Variable:
+    """Returns a variable of the shape, type and name of another one that holds nothing."""
+    with tf.init_scope(), tf.device("CPU:0"):
+        return UninitializedVariable(
+            trainable=like.trainable,
+            shape=like.shape,
+            dtype=like.dtype,
+            name=like.name.split(":")[0],
+        )
+
+
+def is_without_memory(variable: tf.Variable) -> bool:
+    """Returns whether a variable was made by `variable_without_memory`."""
+    return isinstance(variable, UninitializedVariable)
 
 
 def reserve_collective_keys() -> int:

@@ -25,6 +25,12 @@ from tensorflow.python.framework.function_def_to_graph import function_def_to_gr
 # There is no public way to unregister what `tf.custom_gradient` has registered.
 from tensorflow.python.framework.ops import gradient_registry
 
+# The runtime folds what a tensor is computed by; `tf.get_static_value` knows a few ops only.
+from tensorflow.python.framework.tensor_util import try_evaluate_constant
+
+# The shape of a variable, and that of a list's elements, belong to their handles.
+from tensorflow.python.ops.handle_data_util import copy_handle_data, get_resource_handle_data
+
 from llmos_tf._internal.patching import patched
 
 __all__ = [
@@ -32,10 +38,17 @@ __all__ = [
     "attributes_of_function",
     "call_with_captures",
     "captured_container",
+    "copy_handle_data",
+    "copy_of_op",
+    "evaluated_constant",
     "graph_of_function",
+    "graphs_of_functions",
     "keep_gradients_with",
     "op_attribute",
+    "python_where_called",
     "replace_input",
+    "shape_of_variable",
+    "shared_rendezvous",
     "specs_of_traces",
     "traced_functions",
     "unspecialized",
@@ -98,6 +111,24 @@ def graph_of_function(graph: Any, name: str) -> Any:
             )
         function.graph = known
     return known
+
+
+def graphs_of_functions(graph: Any) -> list[Any]:
+    """Returns the graphs of all functions of `graph`, nested ones included."""
+    return [graph_of_function(graph, name) for name in graph._functions]
+
+
+def shared_rendezvous(function: Any) -> Any:
+    """Adds the attribute ``shared_rendezvous`` to a `tf.function`, which has no public option.
+
+    Args:
+        function: a function that is not traced yet.
+
+    Returns:
+        The attribute, False. TensorFlow reads its field ``b`` at the end of the trace.
+    """
+    function._shared_rendezvous = tf.compat.v1.AttrValue(b=False)
+    return function._shared_rendezvous
 
 
 def add_functions(source: Any, target: Any) -> None:
@@ -179,8 +210,16 @@ def unspecialized() -> contextlib.AbstractContextManager:
     )
 
 
+def python_where_called() -> contextlib.AbstractContextManager:
+    """Places `tf.py_function` on the calling device in functions traced in this context.
+
+    TensorFlow specifies only the process, and its placer then picks the first device.
+    """
+    return patched({(eager_context.Context, "host_address_space"): lambda _: lambda _: ""})
+
+
 @contextlib.contextmanager
-def op_attribute(graph: Any, name: str, value: bytes) -> Iterator[None]:
+def op_attribute(graph: Any, name: str, value: bytes | int) -> Iterator[None]:
     """Gives an attribute to the ops that are made in a graph while this is entered.
 
     TensorFlow keeps attributes that begin with "_" wherever it copies an op, and no op says in a
@@ -191,7 +230,8 @@ def op_attribute(graph: Any, name: str, value: bytes) -> Iterator[None]:
         name: of the attribute, with the underscore.
         value: its value.
     """
-    with graph._attr_scope({name: tf.compat.v1.AttrValue(s=value)}):
+    kind = "i" if isinstance(value, int) else "s"
+    with graph._attr_scope({name: tf.compat.v1.AttrValue(**{kind: value})}):
         yield
 
 
@@ -208,3 +248,37 @@ def replace_input(op: Any, before: Any, now: Any) -> None:
     for i, x in enumerate(op.inputs):
         if x is before or x.ref() == before.ref():
             op._update_input(i, now)
+
+
+def evaluated_constant(tensor: Any) -> Any:
+    """Returns the value of a tensor of a graph as a numpy array, where it follows from constants.
+
+    Shapes that were inferred take part. None where it does not follow.
+    """
+    return try_evaluate_constant(tensor)
+
+
+def shape_of_variable(handle: Any) -> tf.TensorShape:
+    """Returns the shape of the variable of a handle in a graph, which is not public."""
+    data = get_resource_handle_data(handle)
+    if data is None or not data.is_set or len(data.shape_and_type) != 1:
+        return tf.TensorShape(None)
+    return tf.TensorShape(data.shape_and_type[0].shape)
+
+
+def copy_of_op(op: Any, name: str, inputs: list[Any], attributes: dict[str, Any]) -> list[Any]:
+    """Makes an op of the same definition in the graph that is being traced, which is not public.
+
+    Args:
+        op: of any graph.
+        name: of the new op; a number is added where there is one of that name.
+        inputs: what the new op takes.
+        attributes: name to AttrValue.
+
+    Returns:
+        Its outputs.
+    """
+    graph = tf.compat.v1.get_default_graph()
+    dtypes = [x.dtype for x in op.outputs]
+    made = graph._create_op_internal(op.type, inputs, dtypes, attrs=attributes, op_def=op.op_def)
+    return made.outputs

@@ -264,7 +264,8 @@ class Group:
         """
         x, mesh = tf.convert_to_tensor(x), self._program.mesh
         axes = [axis for axis in self.axes if axis in BATCH_AXES and mesh.axis_size(axis) > 1]
-        if not axes or x.shape.is_fully_defined() or self._program.reduces_gradients:
+        is_known = self._program.shapes_agree or self._program.reduces_gradients
+        if not axes or x.shape.is_fully_defined() or is_known:
             return x
         shapes = Group(axes, self._what).gather(tf.shape(x)[tf.newaxis], 0)
         message = (

@@ -82,6 +82,8 @@ class ReplicaProgram(_internal.ReplicaContext):
         self.gradients_synced = False
         # Set while gradients are summed over the mesh.
         self.reduces_gradients = False
+        # Whether the shapes of what ranks exchange are known to agree.
+        self.shapes_agree = False
         # Set while a metric counts this rank's rows.
         self.in_metric = False
         # Whether the program has a collective.
@@ -389,6 +391,10 @@ def current_program() -> ReplicaProgram | None:
     return context if isinstance(context, ReplicaProgram) else None
 
 
+class OutsideProgram(RuntimeError):
+    """Something that is written for a rank was called where no program of a rank is traced."""
+
+
 def require_program(what: str) -> ReplicaProgram:
     """Returns the program that is being traced.
 
@@ -399,11 +405,11 @@ def require_program(what: str) -> ReplicaProgram:
         The program.
 
     Raises:
-        RuntimeError: nothing is being traced.
+        OutsideProgram: nothing is being traced, or a step as for one device.
     """
     program = current_program()
     if program is None:
-        raise RuntimeError(
+        raise OutsideProgram(
             f"{what} works inside the program of a device only: call it in a function that "
             "MeshStrategy(...).run(fn) or model.fit under the strategy's scope runs."
         )
