@@ -32,17 +32,22 @@ from llmos_tf.spmd.program import current_program, require_program
 from llmos_tf.strategies.engine import reductions
 from llmos_tf.strategies.engine.engine import Engine
 from llmos_tf.strategies.engine.input import deal_dataset, split_batch, split_dataset
-from llmos_tf.strategies.engine.replica_functions import check_inputs
+from llmos_tf.strategies.engine.replica_functions import check_inputs, model_of
 from llmos_tf.strategies.engine.variable_creation import make_variable
 from llmos_tf.strategies.keras_patches.custom_loops import hook_optimizers
 from llmos_tf.strategies.keras_patches.export import hook_export
 from llmos_tf.strategies.keras_patches.fit_batch import hook_fit
 from llmos_tf.strategies.keras_patches.keras_hub import hook_keras_hub
-from llmos_tf.strategies.keras_patches.layer_calls import hook_remat
+from llmos_tf.strategies.keras_patches.layer_calls import hook_remat, works_by_blocks
+from llmos_tf.strategies.keras_patches.losses_outside import hook_losses
 from llmos_tf.strategies.keras_patches.overwritten_variables import hook_overwritten_variables
 from llmos_tf.strategies.keras_patches.symbolic_build import hook_build
 from llmos_tf.strategies.keras_patches.variable_paths import hook_variable_paths
-from llmos_tf.strategies.keras_patches.while_tracing import hook_compile, replica_hooks
+from llmos_tf.strategies.keras_patches.while_tracing import (
+    global_hooks,
+    hook_compile,
+    replica_hooks,
+)
 from llmos_tf.strategies.pipeline.keras_steps import (
     hook_steps,
     place_model_of,
@@ -75,6 +80,7 @@ class MeshExtended(_internal.MirroredExtended):
         local = [mesh.devices[rank] for rank in self.local_ranks]
         super().__init__(strategy, local, tf.distribute.ReductionToOneDevice())
         hook_compile()
+        hook_losses()
         hook_build()
         hook_export()
         hook_variable_paths()
@@ -206,7 +212,9 @@ class MeshExtended(_internal.MirroredExtended):
         if self.spans_processes and _internal.is_keras_predict_step(fn):
             # Keras puts together what this process has.
             return reductions.run_gathering(self, fn, args, kwargs)
-        results = self.engine.run(fn, args, kwargs)
+        # Of rows Keras puts together what `predict` returns, and no logs.
+        are_logs = _internal.is_keras_step(fn) and not _internal.is_keras_predict_step(fn)
+        results = self.engine.run(fn, args, kwargs, all_rows=are_logs)
         if self.schedule is not None:
             warn_if_not_pipelined(self, fn, *before)
         return results
@@ -226,6 +234,29 @@ class MeshExtended(_internal.MirroredExtended):
     def replica_hooks(self) -> AbstractContextManager:
         """Returns the context that is entered while a program is traced."""
         return replica_hooks()
+
+    def global_hooks(self) -> AbstractContextManager:
+        """Returns the context that is entered while a step is traced as for one device."""
+        return global_hooks()
+
+    def partitions(self, fn: Any) -> bool:
+        """Returns whether a replica function is traced as for one device and partitioned.
+
+        Args:
+            fn: the function.
+
+        Returns:
+            True for steps of a mesh that splits nothing but rows; not yet where blocks of the model
+            are compiled, computed again, or gathered again.
+        """
+        splits_rows_only = self.mesh.batch_ways == self.mesh.size > 1
+        if not splits_rows_only or not batch.weighs_rows(fn):
+            return False
+        options = self.options
+        if options.reshard_after_forward or options.rematerialise != "none":
+            return False
+        model = model_of(fn)
+        return model is None or not works_by_blocks(model)
 
     def _use_merge_call(self) -> bool:
         # There is no cross-replica code inside a program; and outside one, an optimizer that is

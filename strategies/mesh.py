@@ -2,7 +2,9 @@
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
+import keras
 import tensorflow as tf
 
 from llmos_tf import devices as device_list
@@ -152,6 +154,38 @@ class MeshStrategy(tf.distribute.MirroredStrategy):
     def num_traces(self) -> int:
         """How many programs were traced so far."""
         return self.extended.engine.num_traces
+
+    def explain(self, model: keras.Model) -> list[dict[str, Any]]:
+        """Returns what the steps of a model gather, of those that were traced.
+
+        A step of a mesh that splits nothing but rows is traced as for one device and partitioned
+        (docs/adr/0017). Where an op needs rows of other ranks, or has no rule for rows on several
+        ranks, they are gathered.
+
+        Args:
+            model: of this strategy; `fit`, `evaluate`, `predict` or a step by `make_train_step` has
+                run.
+
+        Returns:
+            One dict for each value: `step`, such as "train_step"; `op`, its name; `type` of the op;
+            `layer`, in whose scope it is made; `bytes_per_row`, or None; `without_rule`, types of
+            the ops that have no rule, empty where an op needs all rows by what it computes.
+
+        Raises:
+            ValueError: no step of the model was partitioned yet.
+
+        Example:
+            >>> model.fit(dataset)
+            >>> strategy.explain(model)
+            []
+        """
+        steps = self.extended.engine.gathered.get(model)
+        if steps is None:
+            raise ValueError(
+                f"No step of the model {model.name!r} was partitioned yet. Call fit, evaluate or "
+                "predict first, on a mesh that has no other axes than data and fsdp."
+            )
+        return [{"step": name, **row} for name, rows in steps.items() for row in rows]
 
 
 def mesh_over(mesh: Mesh, devices: Sequence[str] | None) -> Mesh:

@@ -7,6 +7,7 @@ import tensorflow as tf
 from llmos_tf import collectives
 from llmos_tf.collectives import batch
 from llmos_tf.mesh import BATCH_AXES
+from llmos_tf.spmd.global_trace import current_trace
 from llmos_tf.spmd.program import ReplicaProgram, current_program
 
 
@@ -41,6 +42,10 @@ class WrittenByParts:
 
     def _write(self, method: str, value: Any) -> "WrittenByParts":
         value = tf.convert_to_tensor(value, dtype=self.dtype)
+        trace = current_trace()
+        if trace is not None:
+            getattr(trace.stand_in(self), method)(self._checked(value), read_value=False)
+            return self
         program = current_program()
         if program is not None:
             with tf.device(self.host):

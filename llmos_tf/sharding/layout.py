@@ -290,6 +290,23 @@ class Layout:
             part.set_shape(self.part_shape(shape, mesh))
         return part
 
+    def part_of_sum(self, full: tf.Tensor, mesh: Mesh) -> tf.Tensor:
+        """Adds up what the ranks have of a whole tensor along the flat axes, for this rank's part.
+
+        Args:
+            full: the rank's part of the sum, of static shape; of a layout that cuts no dimension.
+            mesh: the mesh.
+
+        Returns:
+            Tensor of `part_shape`; `full` where nothing is cut.
+        """
+        part = tf.reshape(full, [-1]) if self.flat else full
+        lengths = self.flat_lengths(tuple(full.shape), mesh)[1:]
+        for axis, length in zip(self.flat, lengths, strict=True):
+            part = pad_to(part, length * mesh.axis_size(axis))
+            part = collectives.reduce_scatter(part, axis)
+        return part
+
     @staticmethod
     def cut_flat(flat: tf.Tensor, axes: tuple[str, ...], mesh: Mesh) -> tf.Tensor:
         """Cuts a flat buffer along `axes` in turn and keeps this rank's part.

@@ -1,5 +1,8 @@
 """State that each rank keeps of its own rows: random streams and metrics."""
 
+import functools
+from collections.abc import Callable
+
 import tensorflow as tf
 
 from llmos_tf import _internal, collectives
@@ -7,7 +10,8 @@ from llmos_tf.collectives import batch
 from llmos_tf.graph.outlined_function import NotABlock
 from llmos_tf.mesh import BATCH_AXES
 from llmos_tf.sharding.variables import ShardedVariable, run_program
-from llmos_tf.spmd.program import current_program
+from llmos_tf.spmd.global_trace import current_trace
+from llmos_tf.spmd.program import ReplicaProgram, current_program
 
 
 class SeedVariable(ShardedVariable):
@@ -18,14 +22,26 @@ class SeedVariable(ShardedVariable):
     axes that split the batch and agree along those that hold the same activations.
     """
 
-    def _shift(self, rank: int, dtype: tf.DType) -> tf.Tensor:
-        # A prime of 31 bits, so that seeds of neighbouring ranks share no pattern.
-        index = self.mesh.index_along(rank, BATCH_AXES)
-        shift = tf.cast(index, dtype) * tf.constant(1_640_531_527, dtype)
+    def shift_of(self, index: tf.Tensor) -> tf.Tensor:
+        """Returns by how much the state of a part of the batch differs from that of one device.
+
+        Args:
+            index: of the part, int32 scalar.
+
+        Returns:
+            Tensor like the state.
+        """
+        shift = tf.cast(index, self.dtype) * tf.constant(_SEED_STEP, self.dtype)
         return tf.stack([shift, tf.zeros_like(shift)])
+
+    def _shift(self, rank: int) -> tf.Tensor:
+        return self.shift_of(tf.constant(self.mesh.index_along(rank, BATCH_AXES)))
 
     def read(self) -> tf.Tensor:
         """Returns this rank's state in a program, else the first rank's of the mesh."""
+        trace = current_trace()
+        if trace is not None:
+            return trace.stand_in(self).value()
         program = current_program()
         if program is not None:
             written = None if program.block is None else program.block.written(self)
@@ -33,7 +49,7 @@ class SeedVariable(ShardedVariable):
         state = self._values[0].value()
         # In another process than the first, what is at hand is another rank's.
         first = self._distribute_strategy.extended.local_ranks[0]
-        return state if first == 0 else state - self._shift(first, state.dtype)
+        return state if first == 0 else state - self._shift(first)
 
     def _get(self):
         return self.read()
@@ -46,7 +62,24 @@ class SeedVariable(ShardedVariable):
         getattr(self.component, method)(value)
 
     def _component_of(self, value: tf.Tensor, rank: int) -> tf.Tensor:
-        return value + self._shift(rank, value.dtype)
+        return value + self._shift(rank)
+
+
+# A prime of 31 bits, so that seeds of neighbouring ranks share no pattern.
+_SEED_STEP = 1_640_531_527
+
+
+def _of_stand_in(original: Callable) -> Callable:
+    """A method of a variable that is the stand-in's in a global trace."""
+
+    @functools.wraps(original)
+    def method(variable, *args, **kwargs):
+        trace = current_trace()
+        if trace is None:
+            return original(variable, *args, **kwargs)
+        return getattr(trace.stand_in(variable), original.__name__)(*args, **kwargs)
+
+    return method
 
 
 class MetricVariable(_internal.SyncOnReadVariable):
@@ -57,6 +90,28 @@ class MetricVariable(_internal.SyncOnReadVariable):
     """
 
     _program = None
+
+    # In a global trace the stand-in is read and written.
+    assign = _of_stand_in(_internal.SyncOnReadVariable.assign)
+    assign_add = _of_stand_in(_internal.SyncOnReadVariable.assign_add)
+    assign_sub = _of_stand_in(_internal.SyncOnReadVariable.assign_sub)
+    value = _of_stand_in(_internal.SyncOnReadVariable.value)
+    read_value = _of_stand_in(_internal.SyncOnReadVariable.read_value)
+
+    @property
+    def handle(self) -> tf.Tensor:
+        """The resource of the context's component."""
+        trace = current_trace()
+        return super().handle if trace is None else trace.stand_in(self).handle
+
+    @property
+    def total_is_shared(self) -> bool:
+        """Whether the value is the sum of what the ranks hold."""
+        return self._aggregation == tf.VariableAggregation.SUM
+
+    def component_of(self, program: ReplicaProgram) -> tf.Variable:
+        """Returns the component of a program's rank."""
+        return self._values[program.position]
 
     def _update_replica(self, update_fn, value, **kwargs):
         program = current_program()
@@ -71,11 +126,16 @@ class MetricVariable(_internal.SyncOnReadVariable):
         return component.assign(tf.where(program.rows > 0, component.value(), before))
 
     def _get(self):
+        trace = current_trace()
+        if trace is not None:
+            return trace.stand_in(self).value()
         if current_program() is not None and _internal.in_synced_reads():
             return self._total()
         return super()._get()
 
     def _dense_var_to_tensor(self, dtype=None, name=None, as_ref=False):
+        if current_trace() is not None:
+            return tf.convert_to_tensor(self._get(), dtype=dtype, name=name)
         if current_program() is not None and _internal.in_synced_reads():
             return tf.convert_to_tensor(self._total(), dtype=dtype, name=name)
         return super()._dense_var_to_tensor(dtype, name, as_ref)

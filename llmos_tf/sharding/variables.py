@@ -11,6 +11,7 @@ from llmos_tf import _internal, collectives
 from llmos_tf.collectives import batch
 from llmos_tf.sharding.assignment import WrittenByParts, average_statistics, check_owner
 from llmos_tf.sharding.layout import Layout
+from llmos_tf.spmd.global_trace import current_trace
 from llmos_tf.spmd.program import HOW_TO_TRAIN, current_program
 
 
@@ -89,6 +90,9 @@ class ShardedVariable(WrittenByParts, _internal.MirroredVariable):
     @property
     def handle(self) -> tf.Tensor:
         """The resource that a tape knows it by: outside of a program that of the first rank."""
+        trace = current_trace()
+        if trace is not None:
+            return trace.stand_in(self).handle
         is_outside = tf.distribute.in_cross_replica_context()
         return self._values[0].handle if is_outside else super().handle
 
@@ -258,6 +262,9 @@ class ShardedVariable(WrittenByParts, _internal.MirroredVariable):
 
     def read(self) -> tf.Tensor:
         """Returns the value as the context sees it."""
+        trace = current_trace()
+        if trace is not None:
+            return trace.stand_in(self).value()
         program = current_program()
         if program is None:
             return self._joined()

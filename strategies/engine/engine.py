@@ -6,16 +6,22 @@ that device's variable handles, coordinate and rows of the batch as inputs. See 
 """
 
 import contextlib
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
 
-from llmos_tf import _internal
+from llmos_tf import _internal, collectives
 from llmos_tf.collectives import batch
+from llmos_tf.graph.errors import awaited_calls, trace_for_devices
+from llmos_tf.mesh import BATCH_AXES
 from llmos_tf.sharding.assignment import average_statistics, check_owner
-from llmos_tf.spmd.program import HOW_TO_TRAIN, ReplicaProgram
+from llmos_tf.spmd.program import HOW_TO_TRAIN, OutsideProgram, ReplicaProgram
+from llmos_tf.strategies.engine.global_batch import GlobalBatch
+from llmos_tf.strategies.engine.global_step import GlobalStep
 from llmos_tf.strategies.engine.graph_edges import Phases
+from llmos_tf.strategies.engine.replica_functions import model_of
 from llmos_tf.strategies.engine.rows import lend_rows
 from llmos_tf.strategies.engine.workers import StepCounter, require_same_programs
 
@@ -35,6 +41,10 @@ class Engine:
         self._extended = extended
         self._eager_functions: dict[Any, tf.types.experimental.PolymorphicFunction] = {}
         self.num_traces = 0
+        # What steps of models gather, by the name of the step.
+        self.gathered: weakref.WeakKeyDictionary[Any, dict[str, list[dict]]] = (
+            weakref.WeakKeyDictionary()
+        )
         # Where other processes hold some ranks, counts calls for `coordination.watch`.
         self.steps: StepCounter | None = None
 
@@ -43,25 +53,28 @@ class Engine:
         self.steps = StepCounter()
         return self.steps
 
-    def run(self, fn: Callable, args: tuple, kwargs: dict) -> Any:
+    def run(self, fn: Callable, args: tuple, kwargs: dict, all_rows: bool = False) -> Any:
         """Runs `fn` on every local rank.
 
         Args:
             fn: the replica function.
             args: its arguments; a `PerReplica` gives each rank its rows of the batch.
             kwargs: its keyword arguments.
+            all_rows: of a step that is partitioned, whether results that count rows are those of
+                the whole batch.
 
         Returns:
             Results, one for each part of the batch, as `tf.distribute` returns them.
         """
         if tf.inside_function():
-            return self._run_in_graph(fn, args, kwargs)
+            return self._run_in_graph(fn, args, kwargs, all_rows)
         # Eagerly, one device's collective would wait for devices that were not yet called.
         key = getattr(fn, "__wrapped__", fn)
         function = self._eager_functions.pop(key, None)
         if function is None:
             function = tf.function(
-                lambda args, kwargs: self._run_in_graph(fn, args, kwargs), autograph=False
+                lambda args, kwargs: self._run_in_graph(fn, args, kwargs, all_rows),
+                autograph=False,
             )
         # Last in, so that the first is the one that was not used for longest.
         self._eager_functions[key] = function
@@ -69,12 +82,19 @@ class Engine:
             del self._eager_functions[next(iter(self._eager_functions))]
         return function(args, kwargs)
 
-    def _run_in_graph(self, fn: Callable, args: tuple, kwargs: dict) -> Any:
+    def _run_in_graph(self, fn: Callable, args: tuple, kwargs: dict, all_rows: bool) -> Any:
         extended = self._extended
         per_rank = [
             _internal.select_replica(extended.local_batch_index(rank), (args, kwargs))
             for rank in extended.local_ranks
         ]
+        if extended.partitions(fn):
+            given = GlobalBatch(per_rank, extended.batch_representatives, extended.mesh.batch_ways)
+            # A step that calls collectives is written for a rank.
+            with contextlib.suppress(OutsideProgram):
+                step = GlobalStep(extended.container_strategy(), fn, given, all_rows)
+                self._note_gathered(fn, step)
+                return self._run_partitioned(step, given)
         rows = None
         if batch.weighs_rows(fn):
             rows, per_rank = lend_rows(extended.mesh, len(extended.local_batch_parts), per_rank)
@@ -93,9 +113,53 @@ class Engine:
             programs[stage] = self._trace(
                 fn, positions[0], per_rank[0], is_tensor, lends, specs, shared
             )
+        return self._results(programs, values)
+
+    def _note_gathered(self, fn: Callable, step: GlobalStep) -> None:
+        model = model_of(fn)
+        if model is not None:
+            self.gathered.setdefault(model, {})[_internal.name_of_step(fn)] = step.gathered
+
+    def _run_partitioned(self, step: GlobalStep, batch: GlobalBatch) -> Any:
+        """Runs a step that was traced as for one device; see `strategies.engine.global_step`."""
+        extended = self._extended
+        self.num_traces += 1
+        own = batch.num_rows
+        representatives = [own[i] for i in extended.batch_representatives]
+        total = tf.add_n(representatives)
+
+        def program(coordinate, rows, *tensors):
+            replica = self._program(coordinate, 0)
+            # What is gathered is padded to one shape.
+            with replica, replica.having(shapes_agree=True):
+                counts = (rows[0], rows[1])
+                if batch.static_rows is not None:
+                    counts = (batch.rows_of_rank, batch.static_rows)
+                elif extended.spans_processes:
+                    counts = (rows[0], collectives.all_reduce(rows[0], BATCH_AXES))
+                result = step.emit(replica, counts, tensors)
+                replica.end()
+                return result
+
+        rows_spec = tf.TensorSpec([2], tf.int32)
+        traced = self._concrete(program, rows_spec, batch.rank_specs)
+        _check_not_shared(traced)
+        values = [
+            [tf.stack([mine, total]), *tensors]
+            for mine, tensors in zip(own, batch.tensors, strict=True)
+        ]
+        return self._results({0: traced}, values)
+
+    def _results(self, programs: dict[int, Any], values: list[list[tf.Tensor]]) -> Any:
+        """Calls the programs, by stage, on all local ranks; returns what `strategy.run` does."""
+        extended = self._extended
         if extended.agreement is not None:
             require_same_programs(extended.agreement, programs)
-        with self.steps.counting() if self.steps is not None else contextlib.nullcontext():
+        counting = contextlib.nullcontext() if self.steps is None else self.steps.counting()
+        waiting = awaited_calls(extended.worker_devices, programs.values())
+        with counting, waiting as begun:
+            coordinates = self._coordinates(begun)
+            values = [[where, *mine] for where, mine in zip(coordinates, values, strict=True)]
             results = self._call_all(programs, values)
         first = tuple(results[i] for i in extended.batch_representatives)
         return _internal.regroup(
@@ -146,17 +210,25 @@ class Engine:
                 replica.end()
                 return tf.nest.map_structure(_own_rows, result)
 
-        coordinate_spec = tf.TensorSpec([extended.mesh.coordinates().shape[1]], tf.int32)
-        rows_spec = tf.TensorSpec([], tf.int32)
+        concrete = self._concrete(program, tf.TensorSpec([], tf.int32), specs)
+        if programs[-1].communicates:
+            _check_not_shared(concrete)
+        return concrete
+
+    def _concrete(self, program: Callable, rows_spec: tf.TensorSpec, specs: list) -> Any:
+        """Traces a program, of a rank's coordinate, its number of rows, and its inputs."""
+        axes = self._extended.mesh.coordinates().shape[1]
+        coordinate_spec = tf.TensorSpec([axes], tf.int32)
         # Not inlined: a loop in an inlined copy has a name of its own on each device, TensorFlow
         # puts that name into the keys of the collectives in the loop, and ranks would never meet.
         # Nor copied for each device, whose coordinate is a constant.
-        attributes = {"_noinline": True, "_nospecialize": True}
         with _internal.unspecialized():
-            traced = tf.function(program, autograph=False, experimental_attributes=attributes)
-            concrete = traced.get_concrete_function(coordinate_spec, rows_spec, *specs)
-        if programs[-1].communicates:
-            _check_not_shared(concrete)
+            concrete = trace_for_devices(
+                program,
+                [coordinate_spec, rows_spec, *specs],
+                _noinline=True,
+                _nospecialize=True,
+            )
         _internal.keep_gradients_with(concrete.graph)
         return concrete
 
@@ -178,6 +250,14 @@ class Engine:
         program.update_device = extended.host_of_state
         return program
 
+    def _coordinates(self, after: list[tf.Operation]) -> list[tf.Tensor]:
+        """The coordinates of the local ranks, each on its device."""
+        extended, coordinates = self._extended, []
+        for rank, device in zip(extended.local_ranks, extended.worker_devices, strict=True):
+            with tf.device(device), tf.control_dependencies(after):
+                coordinates.append(tf.constant(extended.mesh.coordinates()[rank]))
+        return coordinates
+
     def _call_all(self, programs: dict[int, Any], inputs: list[list[tf.Tensor]]) -> list[Any]:
         """Places the calls of the programs, by stage, on all local ranks; returns the results."""
         extended = self._extended
@@ -193,21 +273,17 @@ class Engine:
         """Places a call of a program on the device of a local rank."""
         extended = self._extended
         captures = [self._capture_of(tensor, position) for tensor in concrete.captured_inputs]
-        rank = extended.local_ranks[position]
         with tf.device(extended.worker_devices[position]):
-            coordinate = tf.constant(extended.mesh.coordinates()[rank])
-            return _internal.call_with_captures(concrete, [coordinate, *inputs], captures)
+            return _internal.call_with_captures(concrete, inputs, captures)
 
     def _call_phases(self, phases: Phases, inputs: list[list[tf.Tensor]]) -> list[Any]:
         """Places the calls of a program in phases on the devices of all ranks."""
         extended = self._extended
-        coordinates = map(tf.constant, extended.mesh.coordinates())
-        arguments = [[where, *mine] for where, mine in zip(coordinates, inputs, strict=True)]
 
         def captures_of(concrete, position):
             return [self._capture_of(tensor, position) for tensor in concrete.captured_inputs]
 
-        return phases.call(arguments, captures_of, extended.worker_devices)
+        return phases.call(inputs, captures_of, extended.worker_devices)
 
     def _capture_of(self, tensor: tf.Tensor, index: int) -> tf.Tensor:
         """What the rank at `index` passes where rank 0's program captured `tensor`."""

@@ -154,6 +154,10 @@ def run_gathering(extended: Any, fn: Callable, args: tuple, kwargs: dict) -> Any
         Its results, of all rows in the order of the batch, in each process.
     """
 
+    if extended.partitions(fn):
+        results = extended.engine.run(fn, args, kwargs, all_rows=True)
+        return tf.nest.map_structure(lambda x: values_of(x)[0], results)
+
     @functools.wraps(fn)
     def everywhere(*args, **kwargs):
         result = tf.nest.map_structure(_of_all_rows, fn(*args, **kwargs))

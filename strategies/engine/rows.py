@@ -78,7 +78,7 @@ def lend_rows(mesh: Mesh, num_parts: int, ranks: list[Any]) -> tuple[list[tf.Ten
     split = {i for i, values in enumerate(leaves) if _is_split(values, num_parts)}
     if not split:
         return None, ranks
-    rows = [_num_rows(value) for value in leaves[min(split)]]
+    rows = [num_rows(value) for value in leaves[min(split)]]
     lent = [_lent(values) if i in split else values for i, values in enumerate(leaves)]
     packed = [
         tf.nest.pack_sequence_as(arguments, values)
@@ -101,14 +101,14 @@ def _lent(values: tuple) -> list:
     last = values[-1]
     with tf.device("CPU:0"):
         # Zeros where this process has no row at all.
-        row = tf.cond(_num_rows(last) > 0, lambda: _range(last, 0, 1), lambda: _one_row(last))
+        row = tf.cond(num_rows(last) > 0, lambda: _range(last, 0, 1), lambda: _one_row(last))
         return [_or_lent(x, row) for x in values]
 
 
 def _or_lent(x: Any, row: Any) -> Any:
     if x.shape[0] is not None:
         return x if x.shape[0] else row
-    return tf.cond(_num_rows(x) > 0, lambda: x, lambda: row)
+    return tf.cond(num_rows(x) > 0, lambda: x, lambda: row)
 
 
 def _one_row(x: Any) -> Any:
@@ -120,8 +120,15 @@ def _one_row(x: Any) -> Any:
     return tf.zeros(tf.concat([[1], tf.shape(x)[1:]], 0), x.dtype)
 
 
-def _num_rows(x: Any) -> tf.Tensor:
-    """Number of rows, int32 scalar."""
+def num_rows(x: Any) -> tf.Tensor:
+    """Returns the number of rows of a tensor that has rows, int32 scalar.
+
+    Args:
+        x: dense, ragged or sparse.
+
+    Returns:
+        The number.
+    """
     if isinstance(x, tf.RaggedTensor):
         return tf.cast(x.nrows(), tf.int32)
     if isinstance(x, tf.SparseTensor):
@@ -146,7 +153,7 @@ def _rows(x: Any, index: int, ways: int) -> Any:
     static = x.shape[0] if x.shape.rank is not None else None
     if static is not None and static % ways == 0:
         return _range(x, index * static // ways, (index + 1) * static // ways)
-    rows = _num_rows(x)
+    rows = num_rows(x)
     if static is not None and tf.is_symbolic_tensor(rows):
         # Other parts of the batch, of which another process knows, have other lengths: so that all
         # trace the same program, none knows the length of its own.
@@ -165,7 +172,7 @@ def _check_rows(batch: Any, ways: int) -> None:
     if len(lengths - {None}) > 1:
         raise ValueError(_unequal(leaves, ways))
     if len(leaves) > 1 and None in lengths:
-        counts = tf.stack([_num_rows(x) for x in leaves])
+        counts = tf.stack([num_rows(x) for x in leaves])
         are_equal = tf.reduce_all(tf.equal(counts, counts[0]))
         tf.debugging.Assert(are_equal, [_unequal(leaves, ways), "Rows:", counts], summarize=-1)
 

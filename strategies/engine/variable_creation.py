@@ -81,7 +81,8 @@ def make_variable(extended: Any, next_creator: Callable, kwargs: dict[str, Any])
         is_state = isinstance(beside, ShardedVariable) and beside.waits
         (beside.companions if is_state else extended.waiting).append(variable)
     if kind is SeedVariable:
-        variable.assign(initial)
+        with tf.init_scope():
+            variable.assign(initial)
     return variable
 
 

@@ -16,6 +16,7 @@ import tensorflow as tf
 
 from llmos_tf import _internal
 from llmos_tf.graph.outlined_function import Block, NotABlock
+from llmos_tf.layers import MoE
 from llmos_tf.rematerialisation.rematerialise import rematerialised
 from llmos_tf.spmd.program import current_program
 from llmos_tf.strategies.layer_stack.fsdp_prefetch import BlockGathers
@@ -34,6 +35,24 @@ def compiles_blocks(model: keras.Model) -> None:
     setattr(model, _MARK, model.jit_compile)
     # Or Keras would have XLA compile the step of all devices.
     model.jit_compile = False
+
+
+def works_by_blocks(model: keras.Model) -> bool:
+    """Returns whether layers of a model are compiled by XLA, or computed again by Keras's remat.
+
+    Args:
+        model: the model.
+
+    Returns:
+        True for `compile(jit_compile=True)`, for layers made under a `keras.RematScope`, and for
+        mixtures of experts, each rank of which computes those of its own tokens.
+    """
+    if getattr(model, _MARK, False):
+        return True
+    return any(
+        getattr(layer, "_remat_mode", None) or isinstance(layer, MoE)
+        for layer in model._flatten_layers()
+    )
 
 
 def compiled_call(original: Any) -> Any:

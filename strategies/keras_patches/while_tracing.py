@@ -29,11 +29,13 @@ from llmos_tf import _internal, collectives
 from llmos_tf.collectives import batch
 from llmos_tf.sharding import MetricVariable, ShardedVariable, read_for_all
 from llmos_tf.sharding.replication_analysis import varying_axes
+from llmos_tf.spmd.global_trace import current_trace
 from llmos_tf.spmd.program import current_program
 from llmos_tf.spmd.replacements import replaced_in_program
 from llmos_tf.strategies.keras_layers import layer_replacements
 from llmos_tf.strategies.keras_patches.layer_calls import compiled_call, compiles_blocks
 from llmos_tf.strategies.optimizer.apply import apply_gradients, apply_scaled_gradients
+from llmos_tf.strategies.optimizer.update_region import scaled_update_in_region, update_in_region
 
 _loss = _internal.keras_loss
 
@@ -63,6 +65,33 @@ def replica_hooks() -> Iterator[None]:
         }
     ):
         yield
+
+
+@contextlib.contextmanager
+def global_hooks() -> Iterator[None]:
+    """Enters the replacement for the time a step is traced as for one device: of the update.
+
+    It is written for a rank (`strategies.optimizer.update_region`). All else is as Keras has it.
+    """
+    base, scaled = _internal.BaseOptimizer, _internal.LossScaleOptimizer
+    with _internal.patched(
+        {
+            (base, "apply"): lambda original: _in_global_trace(original, update_in_region),
+            (scaled, "apply"): lambda original: _in_global_trace(
+                original, functools.partial(scaled_update_in_region, original)
+            ),
+        }
+    ):
+        yield
+
+
+def _in_global_trace(original: Callable, replacement: Callable) -> Callable:
+    @functools.wraps(original)
+    def apply(optimizer, grads, trainable_variables=None):
+        function = original if current_trace() is None else replacement
+        return function(optimizer, grads, trainable_variables)
+
+    return apply
 
 
 @functools.cache

@@ -33,13 +33,19 @@ from llmos_tf.strategies.optimizer.fused_update import (
 )
 
 
-def apply_gradients(optimizer: Any, gradients: Sequence[Any], variables: Any = None) -> None:
+def apply_gradients(
+    optimizer: Any,
+    gradients: Sequence[Any],
+    variables: Any = None,
+    are_summed: Sequence[bool] | None = None,
+) -> None:
     """Updates variables by the gradients of this rank's rows; stands in for `Optimizer.apply`.
 
     Args:
         optimizer: a Keras optimizer.
         gradients: one for each variable; None where a variable had no part in the loss.
         variables: `keras.Variable`s; None takes those the optimizer was built with.
+        are_summed: which gradients are of the whole batch; None for none.
 
     Raises:
         ValueError: the optimizer was made outside the strategy's scope.
@@ -53,9 +59,10 @@ def apply_gradients(optimizer: Any, gradients: Sequence[Any], variables: Any = N
             "lives on one device only. Make it inside `with strategy.scope():`."
         )
     optimizer._check_variables_are_known(variables)
+    summed = _summed(gradients, are_summed)
     gradients, variables = _of_this_stage(program, optimizer, gradients, variables)
     if not program.gradients_synced:
-        gradients = _sync(program, optimizer, gradients, variables)
+        gradients = _sync(program, optimizer, gradients, variables, summed)
     with program.having(in_update=True):
         gradients, variables = optimizer._overwrite_variables_directly_with_gradients(
             gradients, variables
@@ -75,7 +82,11 @@ def apply_gradients(optimizer: Any, gradients: Sequence[Any], variables: Any = N
 
 
 def apply_scaled_gradients(
-    original: Callable, optimizer: Any, gradients: Sequence[Any], variables: Any = None
+    original: Callable,
+    optimizer: Any,
+    gradients: Sequence[Any],
+    variables: Any = None,
+    are_summed: Sequence[bool] | None = None,
 ) -> None:
     """Stands in for `LossScaleOptimizer.apply`: sums before the check for finite gradients.
 
@@ -84,13 +95,15 @@ def apply_scaled_gradients(
         optimizer: the `keras.optimizers.LossScaleOptimizer`.
         gradients: one for each variable, of the scaled loss; None as in `apply_gradients`.
         variables: `keras.Variable`s; None takes those the optimizer was built with.
+        are_summed: which gradients are of the whole batch; None for none.
     """
     program = current_program()
     inner = optimizer.inner_optimizer
     variables = list(inner._trainable_variables if variables is None else variables)
     _build(optimizer, variables)
+    summed = _summed(gradients, are_summed)
     gradients, variables = _of_this_stage(program, inner, gradients, variables)
-    synced = _sync(program, inner, gradients, variables)
+    synced = _sync(program, inner, gradients, variables, summed)
     with program.having(gradients_synced=True, in_update=True):
         original(optimizer, synced, variables)
 
@@ -110,19 +123,43 @@ def _of_this_stage(
     return optimizer._filter_empty_gradients(*map(list, zip(*pairs, strict=True)))
 
 
+def _summed(gradients: Sequence[Any], are_summed: Sequence[bool] | None) -> dict[int, Any]:
+    """Gradients that are of the whole batch, by their `id`."""
+    if are_summed is None:
+        return {}
+    return {id(g): g for g, is_summed in zip(gradients, are_summed, strict=True) if is_summed}
+
+
 def _sync(
-    program: ReplicaProgram, optimizer: Any, gradients: Sequence[Any], variables: Sequence[Any]
+    program: ReplicaProgram,
+    optimizer: Any,
+    gradients: Sequence[Any],
+    variables: Sequence[Any],
+    summed: dict[int, Any],
 ) -> list[Any]:
     """Gradients of the whole batch; of what is overwritten, as float8 scales, the largest value."""
-    overwritten = [optimizer._overwrite_variable_with_gradient(v) for v in variables]
-    pairs = list(zip(gradients, variables, overwritten, strict=True))
-    summed = iter(
-        sync_gradients(
-            program, [g for g, _, o in pairs if not o], [_stored(v) for _, v, o in pairs if not o]
-        )
-    )
-    largest = iter(largest_values(program, [g for g, _, o in pairs if o]))
-    return [next(largest) if is_overwritten else next(summed) for is_overwritten in overwritten]
+    results: list[Any] = [None] * len(gradients)
+    to_sum: dict[int, tuple[Any, Any]] = {}
+    to_compare: dict[int, Any] = {}
+    for i, (gradient, variable) in enumerate(zip(gradients, variables, strict=True)):
+        if id(gradient) in summed:
+            results[i] = _own_part(program, gradient, _stored(variable))
+        elif optimizer._overwrite_variable_with_gradient(variable):
+            to_compare[i] = gradient
+        else:
+            to_sum[i] = gradient, _stored(variable)
+    sums = sync_gradients(program, *zip(*to_sum.values(), strict=True)) if to_sum else []
+    results = dict(enumerate(results)) | dict(zip(to_sum, sums, strict=True))
+    results |= zip(to_compare, largest_values(program, list(to_compare.values())), strict=True)
+    return [results[i] for i in range(len(gradients))]
+
+
+def _own_part(program: ReplicaProgram, gradient: Any, variable: ShardedVariable) -> Any:
+    """Of a gradient of the whole batch what this rank updates by."""
+    if isinstance(gradient, tf.IndexedSlices):
+        return gradient
+    full = tf.ensure_shape(tf.convert_to_tensor(gradient), variable.shape)
+    return variable.update_layout.part_from_full(full, program.mesh)
 
 
 def _build(optimizer: Any, variables: list) -> None:
