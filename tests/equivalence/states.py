@@ -1,7 +1,5 @@
 """Layers with state: batch normalization, dropout, random seeds."""
 
-import functools
-
 import keras
 import numpy as np
 import tensorflow as tf
@@ -15,29 +13,6 @@ from llmos_tf.mesh import AXES, BATCH_AXES
 
 # Four full batches.
 EVEN = 4 * BATCH
-
-
-class NormalizationByParts(layers.BatchNormalization):
-    """One device's model of a normalization per replica: each part of the rows by itself."""
-
-    def __init__(self, parts, **options):
-        super().__init__(**options)
-        self.parts = parts
-
-    def call(self, x, training=False):
-        if not training:
-            return super().call(x, training=False)
-        moments = [ops.moments(part, axes=[0]) for part in ops.split(x, self.parts)]
-        kept = 1 - self.momentum
-        for variable, values in zip(
-            (self.moving_mean, self.moving_variance), zip(*moments, strict=True), strict=True
-        ):
-            variable.assign(self.momentum * variable + kept * sum(values) / self.parts)
-        normal = [
-            (part - mean) / ops.sqrt(variance + self.epsilon)
-            for part, (mean, variance) in zip(ops.split(x, self.parts), moments, strict=True)
-        ]
-        return ops.concatenate(normal) * self.gamma + self.beta
 
 
 class DropoutByParts(layers.Layer):
@@ -73,17 +48,6 @@ def normalized(make, rows=None):
     return script
 
 
-@functools.cache
-def normalized_by_parts(parts):
-    return normalized(lambda: NormalizationByParts(parts, momentum=0.8), EVEN)
-
-
-def per_replica(column: Column) -> float:
-    strategy = column.make()
-    actual = run(normalized(lambda: layers.BatchNormalization(momentum=0.8), EVEN), strategy)
-    return compare(actual, one_device(normalized_by_parts(strategy.num_replicas_in_sync)))
-
-
 def with_dropout(make=lambda: layers.Dropout(0.4, seed=3)):
     model = mlp()
     model = keras.Sequential([model.layers[0], make(), model.layers[1]])
@@ -114,7 +78,13 @@ def check_masks(layer, strategy) -> None:
             assert same == (parts[one] == parts[other])
 
 
-def dropout(column: Column) -> float:
+def dropout():
+    """Fails if a rank drops otherwise than one device does of its rows."""
+    model = with_dropout()
+    return model, lambda: fit(model, 2)
+
+
+def dropout_by_parts(column: Column) -> float:
     """Fails if replicas draw the same mask, ranks of one replica another one, if the stream does
     not go on between steps, or if its state is not one device's."""
     strategy = column.make()
@@ -214,8 +184,8 @@ def _initial():
 
 
 BY_PARTS = (
-    "Compared with a layer on one device that treats each replica's rows by themselves: Keras says "
-    "that these layers see a replica's rows, so they cannot be those of the plain script."
+    "Compared with a layer on one device that drops of each replica's rows by themselves: a mesh "
+    "that splits more than rows has a stream of masks for each replica."
 )
 WITH_ITSELF = "Compared with a second run on the same strategy: masks depend on the mesh."
 STORED = (
@@ -231,13 +201,19 @@ FEATURES = [
         in_stages=False,
     ),
     Feature(
-        "`BatchNormalization` per replica",
-        per_replica,
+        "`BatchNormalization`",
+        parity(normalized(lambda: layers.BatchNormalization(momentum=0.8))),
         ANY_MODEL,
+        in_stages=False,
+    ),
+    Feature("`Dropout`", parity(dropout), ANY_MODEL, in_stages=False),
+    Feature(
+        "`Dropout` beside a tensor axis",
+        dropout_by_parts,
+        ("data=2,tensor=2",),
         in_stages=False,
         note=BY_PARTS,
     ),
-    Feature("`Dropout`", dropout, in_stages=False, note=BY_PARTS),
     Feature("`Dropout`, `set_random_seed` and a shuffled fit", reproducible, note=WITH_ITSELF),
     Feature("`Dropout`, stored and restarted", restart, note=STORED),
 ]

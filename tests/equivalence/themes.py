@@ -3,6 +3,7 @@
 from equivalence import (
     blocks,
     callbacks,
+    coupled,
     inputs,
     lookups,
     objectives,
@@ -15,6 +16,7 @@ from equivalence import (
 
 THEMES = {
     "What stock Keras gets wrong in a step": steps.FEATURES,
+    "Steps that are not row by row": coupled.FEATURES,
     "Batches: where they come from, and what is in them": inputs.FEATURES,
     "Lookups in tables": lookups.FEATURES,
     "Compiled, and computed again": blocks.FEATURES,

@@ -7,12 +7,11 @@ import keras
 import pytest
 import tensorflow as tf
 
-from llmos_tf.collectives import batch
+from llmos_tf.partition.emission import Emission
 from llmos_tf.scripts import verify
 from llmos_tf.sharding import Layout, SeedVariable
 from llmos_tf.strategies.engine import variable_creation
 from llmos_tf.strategies.gradients import sync
-from llmos_tf.strategies.keras_patches import while_tracing
 
 # A module as a user writes it. Batches are uneven, and both inputs and weights are there.
 SOURCE = """
@@ -50,10 +49,11 @@ def wrong_layouts():
 class ByHand(keras.Model):
     def __init__(self):
         super().__init__()
+        self.hidden = keras.layers.Dense(4, name="hidden")
         self.out = keras.layers.Dense(1)
 
     def call(self, inputs):
-        return self.out(tf.concat([inputs["a"], inputs["b"]], -1))
+        return self.out(self.hidden(tf.concat([inputs["a"], inputs["b"]], -1)))
 
     def train_step(self, data):
         x, y, weights = data
@@ -62,6 +62,10 @@ class ByHand(keras.Model):
         variables = self.trainable_variables
         self.optimizer.apply_gradients(zip(tape.gradient(loss, variables), variables))
         return {"by_hand": loss}
+
+
+def layouts_by_hand():
+    return {".*/hidden/kernel": (None, "tensor")}
 
 
 def by_hand():
@@ -186,7 +190,7 @@ def no_reduce(patch):
 
 
 def shared_masks(patch):
-    patch.setattr(SeedVariable, "_shift", lambda self, rank, dtype: tf.zeros([2], dtype))
+    patch.setattr(SeedVariable, "shift_of", lambda self, index: tf.zeros([2], self.dtype))
 
 
 def made_whole(patch):
@@ -201,11 +205,13 @@ def made_whole(patch):
 
 
 def mean_of_means(patch):
-    def reduce_values(values, sample_weight=None, reduction="sum_over_batch_size"):
-        ways = tf.distribute.get_strategy().num_replicas_in_sync
-        return batch.total(tf.reduce_mean(values) / ways)
+    original = Emission.global_shape
 
-    patch.setattr(while_tracing, "reduce_values", reduce_values)
+    def global_shape(emission, value, dim, x):
+        patch.setattr(emission, "all_rows", 2 * emission.own_rows)
+        return original(emission, value, dim, x)
+
+    patch.setattr(Emission, "global_shape", global_shape)
 
 
 FAULTS = {
@@ -259,15 +265,18 @@ def test_a_planted_fault_is_found(fault, program, tmp_path, monkeypatch):
 def test_a_loss_averaged_by_hand(program, tmp_path):
     """Fails if Adam hides that every gradient is R times one device's, or the hint does not say
     so; and if a train_step that reports no loss cannot be verified."""
-    done = program("by_hand", "--mesh=data=4", "--json=out.json", batches="even")
+    layouts = "--layout_map=user_module:layouts_by_hand"
+    done = program("by_hand", "--mesh=data=2,tensor=2", layouts, "--json=out.json", batches="even")
     assert done.status == 1, done.err
+    # Where a step is partitioned, its mean is that of the whole batch.
+    assert program("by_hand", "--mesh=data=4", batches="even").status == 0
     rows = verdicts(tmp_path / "out.json")
     assert [feature for _, feature in rows] == ["gradients", "weights", "metrics", "storage"]
-    assert rows["data=4", "gradients"]["difference"] > 0.1
+    assert rows["data=2,tensor=2", "gradients"]["difference"] > 0.1
     printed = " ".join(done.out.split())
-    assert "All gradients are 4 times those of one device" in printed
+    assert "All gradients are 2 times those of one device" in printed
     assert printed.count("Use self.compute_loss or a Keras loss") == 1
-    assert rows["data=4", "weights"]["verdict"] == "differs"
+    assert rows["data=2,tensor=2", "weights"]["verdict"] == "differs"
     assert "All batches are split evenly" in done.out
 
 

@@ -165,6 +165,28 @@ def check_train_step_fsdp_across():
         np.testing.assert_array_equal(other, 2 * one + 1)
 
 
+def coupled(strategy):
+    """Trains a loss that is a ratio over the batch, with noise and an uneven batch."""
+    keras.utils.set_random_seed(0)
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(11, 4)), (rng.normal(size=(11, 2)) > 0).astype("float64")
+    with strategy.scope():
+        hidden = [keras.layers.Dense(6, "tanh"), keras.layers.Dropout(0.3)]
+        hidden.append(keras.layers.BatchNormalization())
+        model = keras.Sequential([keras.Input((4,)), *hidden, keras.layers.Dense(2, "sigmoid")])
+        model.compile(keras.optimizers.SGD(0.5), keras.losses.Dice())
+    loss = model.fit(x, y, batch_size=4, epochs=2, shuffle=False, verbose=0).history["loss"]
+    return [*model.get_weights(), loss, model.predict(x, batch_size=4, verbose=0)]
+
+
+def check_coupled_rows_across():
+    """Catches rows of another process that a loss, a mask or a statistic does not see."""
+    expected = coupled(tf.distribute.get_strategy())
+    for mesh in (Mesh(data=4, devices=FIRST_ACROSS), Mesh(fsdp=4, devices=FIRST_ACROSS)):
+        for one, other in zip(coupled(MeshStrategy(mesh)), expected, strict=True):
+            np.testing.assert_allclose(one, other, rtol=0, atol=TOLERANCE)
+
+
 def check_values_outside_programs():
     """Catches a reduce, gather, dataset, seed or metric that knows of its own process only."""
     local = devices.visible_devices()[0]

@@ -128,7 +128,7 @@ BUGS = (
     Bug(
         "ranks with other rows drop by the same mask",
         "llmos_tf/sharding/state_variables.py",
-        "return value + self._shift(rank, value.dtype)",
+        "return value + self._shift(rank)",
         "return tf.identity(value)",
         ("tests/unit/sharding/test_variables.py", "tests/unit/layers/test_dropout.py"),
     ),
@@ -278,5 +278,26 @@ BUGS = (
         'flat = collectives.all_reduce(flat, axes, op="max")',
         "flat = collectives.all_reduce(flat, axes)",
         (MATRIX,),
+    ),
+    Bug(
+        "a slice of rows that begins late is taken for all rows",
+        "llmos_tf/partition/rules/movement.py",
+        """is_all = masks["begin"] >> i & 1 and masks["end"] >> i & 1 and strides[i] == 1""",
+        """is_all = masks["end"] >> i & 1 and strides[i] == 1""",
+        ("tests/unit/partition/rules",),
+    ),
+    Bug(
+        "a mean of rows is divided by a rank's number of rows",
+        "llmos_tf/partition/rules/reductions.py",
+        "shape = emission.global_shape(node.inputs[0], dim, x)",
+        "shape = tf.shape(x)",
+        ("tests/unit/partition/rules",),
+    ),
+    Bug(
+        "what follows from many rows is taken to follow from few",
+        "llmos_tf/partition/graph/dims.py",
+        "NOMINAL_ROWS = ((3, 480), (12, 480), (60, 480), (240, 480))",
+        "NOMINAL_ROWS = ((240, 480),)",
+        ("tests/unit/partition/test_flat_graph.py",),
     ),
 )

@@ -27,8 +27,11 @@ RANKS = {
     "llmos_tf.spmd": 1,
     "llmos_tf.options": 2,  # no TensorFlow
     "llmos_tf.graph": 2,
+    "llmos_tf.partition.graph": 2,
     "llmos_tf.collectives": 3,
+    "llmos_tf.partition.rules": 3,
     "llmos_tf.rematerialisation": 3,
+    "llmos_tf.partition": 4,
     "llmos_tf.sharding": 4,
     "llmos_tf.memory": 4,
     "llmos_tf.layers": 5,

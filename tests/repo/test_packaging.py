@@ -26,7 +26,16 @@ FOLDERS = {
     "scripts": "llmos_tf/scripts",
 }
 # Modules of llmos_tf that users have no business with, beside those with an underscore.
-INNER = {"coordination", "files", "graph", "options", "process", "rematerialisation", "spmd"}
+INNER = {
+    "partition",
+    "coordination",
+    "files",
+    "graph",
+    "options",
+    "process",
+    "rematerialisation",
+    "spmd",
+}
 
 
 def setup_cfg() -> configparser.ConfigParser:

@@ -276,6 +276,47 @@ def _optimizer_options(node):
 # --- what fails on one replica --------------------------------------------------------------------
 
 
+def _refuse(x):
+    if x > 2:
+        raise ValueError("too large")
+    return x
+
+
+# The check of a user, and a text of its error.
+CHECKS = {
+    "assertion": (lambda x: tf.debugging.assert_less(x, 2.5, message="bad row"), "bad row"),
+    "numbers": (
+        lambda x: tf.debugging.check_numerics(tf.where(x > 2, np.nan, x), "bad"),
+        "bad.*NaN",
+    ),
+    "Python": (lambda x: tf.py_function(_refuse, [x], x.dtype), "too large"),
+}
+
+
+@pytest.mark.parametrize("mesh", ["data4", "data2-fsdp2-tensor2"])
+def test_an_error_of_one_replica_is_raised(mesh):
+    """Fails if what waits for the replica that failed is raised in place of its error: on any
+    replica, before or after the replicas have communicated."""
+    strategy = strategy_of(mesh)
+
+    def fn(x, name, late):
+        seen = x + 0.0 * context().all_reduce("SUM", x) if late else x
+        with tf.control_dependencies([CHECKS[name][0](seen)]):
+            return x + context().all_reduce("SUM", tf.identity(seen))
+
+    @tf.function(autograph=False)
+    def step(x, name, late):
+        return strategy.reduce("SUM", strategy.run(fn, (x, name, late)), axis=None)
+
+    for name, late in (("assertion", False), ("numbers", True), ("Python", True)):
+        # TensorFlow can use no collective of this process again that fails when it is first run.
+        step(per_replica(strategy, lambda i: 1.0), name, late)
+        for failing in range(4):
+            values = per_replica(strategy, lambda i, failing=failing: 3.0 if i == failing else 1.0)
+            with pytest.raises(tf.errors.InvalidArgumentError, match=CHECKS[name][1]):
+                step(values, name, late)
+
+
 @pytest.mark.parametrize(
     "call",
     [
