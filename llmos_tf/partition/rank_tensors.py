@@ -148,7 +148,7 @@ class RankTensors:
         lengths = [None if known is None else known.length for known in value.dims]
         if isinstance(placement, Sharded):
             known = value.dims[placement.dim]
-            is_static = known.is_fixed and isinstance(self.own_rows, int)
+            is_static = known is not None and known.is_fixed and isinstance(self.own_rows, int)
             lengths[placement.dim] = self.own_rows * known.row_factor if is_static else None
         return lengths
 

@@ -59,6 +59,8 @@ CASES = [
     case("DenseBincount", _bincount(), _index(3, N), (0,), placements=["SR"], whole=["SR"]),
     case("DenseBincount", _bincount(), _index(N, 3), (N, 3)),
     case("DenseBincount", _bincount(), _index(N), (N,)),
+    # As many counts as the numbers ask for: TensorFlow infers no length of the result.
+    case("DenseBincount", lambda x: tf.math.bincount(x, axis=-1), _index(N, 3)),
     case("DenseBincount", _bincount(True), _index(N, 3), (0,), placements=["SR"]),
     case("DenseBincount", _bincount(True), _index(N), (0,), placements=["SR"]),
     case("OneHot", lambda i: tf.one_hot(i, 3, dtype=tf.float64), _index(N)),
